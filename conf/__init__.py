@@ -1,0 +1,1 @@
+"""Configuration read by Hydra; installed as ``dllmq.conf``."""

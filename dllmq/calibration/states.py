@@ -1,0 +1,295 @@
+"""Calibration states: which (x_t, mask) pairs the statistics are taken on.
+
+The full-precision sampler runs once on the calibration prompts and every state is kept (`record_trajectories`). A
+`StateSampler` draws the calibration set from it. All samplers draw the same number of sequences from the same prompts on
+the same canvas, so only the masking differs:
+
+    clean        x_0, the end of the trajectory: fully visible text, what an autoregressive PTQ calibrates on
+    random_mask  x_0 masked by the forward process, t ~ U(0, 1)
+    uniform      states of the trajectories, every step alike
+    tmas         states by time block with the paper's shares (techniques/tmas.py)
+
+Legend: S steps of a trajectory, L canvas, B batch. Mask ratios count the response only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dllmq.diffusion import SamplerConfig, apply, denoise
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class CalibrationState:
+    """A batch of states, left-padded."""
+
+    tokens: Int[Tensor, "B L"]  # x_t
+    masked: Bool[Tensor, "B L"]  # 1[x_t = MASK]
+    valid: Bool[Tensor, "B L"]  # not a pad
+    response: Bool[Tensor, "B L"]  # not the prompt, not a pad
+    score: Float[Tensor, "B L"]  # probability of the predicted token in full precision, 0 where not observed
+    step: Int[Tensor, " B"]
+    num_steps: int
+
+    @property
+    def mask_ratio(self) -> Float[Tensor, " B"]:
+        return (self.masked & self.response).sum(1) / self.response.sum(1)
+
+
+@dataclass(frozen=True)
+class RowState:
+    """One sequence of a calibration set, unpadded; `prompt` is the index of the prompt it came from."""
+
+    tokens: Int[Tensor, " L"]
+    masked: Bool[Tensor, " L"]
+    score: Float[Tensor, " L"]
+    prompt_length: int
+    prompt: int
+    step: int
+
+    @property
+    def mask_ratio(self) -> float:
+        return float(self.masked[self.prompt_length :].float().mean())
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Every state of one prompt's full-precision run, in the order of the steps; `final` is x_0."""
+
+    tokens: Int[Tensor, "S L"]
+    masked: Bool[Tensor, "S L"]
+    score: Float[Tensor, "S L"]
+    committed: Bool[Tensor, "S L"]
+    step: Int[Tensor, " S"]
+    final: Int[Tensor, " L"]
+    prompt_length: int
+    num_steps: int
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    @property
+    def mask_ratio(self) -> Float[Tensor, " S"]:
+        return self.masked[:, self.prompt_length :].float().mean(1)
+
+    def state(self, index: int, prompt: int) -> RowState:
+        return RowState(
+            tokens=self.tokens[index],
+            masked=self.masked[index],
+            score=self.score[index],
+            prompt_length=self.prompt_length,
+            prompt=prompt,
+            step=int(self.step[index]),
+        )
+
+
+class StateSampler(Protocol):
+    """Draws `count` states from recorded trajectories.
+
+    Attributes:
+        name: for records.
+        rescored: whether the states lie off the trajectory, so that their scores take a forward of the model.
+    """
+
+    name: str
+    rescored: bool
+
+    def __call__(self, trajectories: list[Trajectory], count: int, mask_id: int, rng: torch.Generator) -> list[RowState]: ...
+
+
+@dataclass(frozen=True)
+class CleanText:
+    """The final x_0 of the trajectories, nothing masked: TMAS off."""
+
+    name: str = "clean"
+    rescored: bool = False
+
+    def __call__(self, trajectories: list[Trajectory], count: int, mask_id: int, rng: torch.Generator) -> list[RowState]:
+        return [_clean(trajectories[i], i) for i in _spread(len(trajectories), count, rng)]
+
+
+@dataclass(frozen=True)
+class RandomMask:
+    """x_0 masked by the forward process q(x_t | x_0): every response token with probability t ~ U(0, 1)."""
+
+    name: str = "random_mask"
+    rescored: bool = True
+
+    def __call__(self, trajectories: list[Trajectory], count: int, mask_id: int, rng: torch.Generator) -> list[RowState]:
+        rows = []
+        for i in _spread(len(trajectories), count, rng):
+            clean = _clean(trajectories[i], i)
+            t = torch.rand(1, generator=rng)
+            masked = torch.rand(clean.tokens.shape, generator=rng) < t
+            masked[: clean.prompt_length] = False
+            tokens = torch.where(masked, mask_id, clean.tokens)
+            step = int((1 - float(t)) * trajectories[i].num_steps)
+            rows.append(RowState(tokens, masked, clean.score, clean.prompt_length, i, step))
+        return rows
+
+
+@dataclass(frozen=True)
+class UniformTrajectory:
+    """States of the trajectories, each step as likely as any other."""
+
+    name: str = "uniform"
+    rescored: bool = False
+
+    def __call__(self, trajectories: list[Trajectory], count: int, mask_id: int, rng: torch.Generator) -> list[RowState]:
+        rows = []
+        for i in _spread(len(trajectories), count, rng):
+            index = int(torch.randint(len(trajectories[i]), (1,), generator=rng))
+            rows.append(trajectories[i].state(index, i))
+        return rows
+
+
+def _clean(trajectory: Trajectory, prompt: int) -> RowState:
+    nothing = torch.zeros_like(trajectory.masked[0])
+    return RowState(
+        trajectory.final, nothing, torch.zeros(len(nothing)), trajectory.prompt_length, prompt, trajectory.num_steps
+    )
+
+
+def _spread(prompts: int, count: int, rng: torch.Generator) -> list[int]:
+    """`count` prompt indices, every prompt used before any is used again."""
+    order = torch.randperm(prompts, generator=rng).tolist()
+    return [order[j % prompts] for j in range(count)]
+
+
+def left_pad(rows: list[Tensor], pad: Any, length: int) -> Tensor:
+    """Rows of different lengths as one [B, length] tensor, padded on the left."""
+    out = torch.full((len(rows), length), pad, dtype=rows[0].dtype)
+    for i, row in enumerate(rows):
+        out[i, length - len(row) :] = row
+    return out
+
+
+def batched(indices: list[int], lengths: list[int], batch_size: int) -> list[list[int]]:
+    """Batches of similar length: a function of the lengths alone."""
+    order = sorted(indices, key=lambda i: (lengths[i], i))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+@torch.no_grad()
+def record_trajectories(
+    model: Any,
+    prompts: list[Int[Tensor, " P"]],
+    sampler: SamplerConfig,
+    batch_size: int,
+    seed: int = 0,
+    observe: str = "masked",
+    progress: Progress | None = None,
+) -> list[Trajectory]:
+    """Runs the full-precision sampler on every prompt and keeps all states, on CPU.
+
+    Args:
+        prompts: token ids, unpadded.
+        observe: where scores are taken: "masked", or "all" to include decoded tokens.
+    """
+    done: dict[int, Trajectory] = {}
+    lengths = [len(p) for p in prompts]
+    groups = batched(list(range(len(prompts))), lengths, batch_size)
+    for number, group in enumerate(groups):
+        width = max(lengths[i] for i in group)
+        ids = left_pad([prompts[i] for i in group], model.config.eos_token_id, width)
+        keep = left_pad([torch.ones_like(prompts[i]) for i in group], 0, width)
+        rng = torch.Generator(device=model.device).manual_seed(seed + number)
+        steps, final = [], ids
+        for step in denoise(model, ids.to(model.device), sampler, keep.to(model.device), rng, observe=observe):
+            steps.append((step.index, *(t.cpu() for t in (step.tokens, step.masked, step.score, step.committed))))
+            final = apply(step).cpu()
+            if progress is not None:
+                progress(number * sampler.steps + step.index + 1, len(groups) * sampler.steps, "trajectories")
+        for row, i in enumerate(group):
+            tokens, masked, score, committed = (
+                torch.stack([s[k][row, width - lengths[i] :] for s in steps]) for k in range(1, 5)
+            )
+            index = torch.tensor([s[0] for s in steps])
+            last = final[row, width - lengths[i] :]
+            done[i] = Trajectory(tokens, masked, score, committed, index, last, lengths[i], sampler.steps)
+    return [done[i] for i in range(len(prompts))]
+
+
+def collate(rows: list[RowState], eos_id: int, num_steps: int) -> CalibrationState:
+    """A batch of states, left-padded with EOS."""
+    L = max(len(r.tokens) for r in rows)
+    response = [torch.arange(len(r.tokens)) >= r.prompt_length for r in rows]
+    return CalibrationState(
+        tokens=left_pad([r.tokens for r in rows], eos_id, L),
+        masked=left_pad([r.masked for r in rows], False, L),
+        valid=left_pad([torch.ones_like(r.masked) for r in rows], False, L),
+        response=left_pad(response, False, L),
+        score=left_pad([r.score.float() for r in rows], 0.0, L),
+        step=torch.tensor([r.step for r in rows]),
+        num_steps=num_steps,
+    )
+
+
+def batches_of(rows: list[RowState], batch_size: int, eos_id: int, num_steps: int) -> list[CalibrationState]:
+    """The calibration set in batches of similar length."""
+    groups = batched(list(range(len(rows))), [len(r.tokens) for r in rows], batch_size)
+    return [collate([rows[i] for i in group], eos_id, num_steps) for group in groups]
+
+
+@torch.no_grad()
+def draw_states(
+    model: Any,
+    trajectories: list[Trajectory],
+    sampler: StateSampler,
+    count: int,
+    batch_size: int,
+    seed: int,
+) -> list[CalibrationState]:
+    """The calibration set of a run: states drawn by `sampler`, batched, with full-precision scores."""
+    if count < 1:
+        raise ValueError(f"calibration.num_states is {count}; it must be at least 1.")
+    rng = torch.Generator().manual_seed(seed)
+    rows = sampler(trajectories, count, model.config.mask_token_id, rng)
+    states = batches_of(rows, batch_size, model.config.eos_token_id, trajectories[0].num_steps)
+    return [_rescore(model, state) for state in states] if sampler.rescored else states
+
+
+def _rescore(model: Any, state: CalibrationState) -> CalibrationState:
+    """Scores of states the sampler did not visit: softmax probability of the arg max at the masked positions."""
+    from dataclasses import replace
+
+    h = model.hidden_states(state.tokens.to(model.device), state.valid.to(model.device))
+    logits = model.head(h[state.masked.to(model.device)]).float()
+    score = torch.zeros_like(state.score)
+    if len(logits):
+        score[state.masked] = torch.softmax(logits, -1).amax(-1).cpu()
+    return replace(state, score=score)
+
+
+def describe(states: list[CalibrationState], blocks: int = 4) -> dict[str, Any]:
+    """What was drawn: sequences, tokens, and counts by block of the mask ratio (block 0 = most masked)."""
+    ratio = torch.cat([s.mask_ratio for s in states])
+    index = ratio_block(ratio, blocks)
+    return {
+        "sequences": len(ratio),
+        "tokens": int(sum(s.valid.sum() for s in states)),
+        "masked_tokens": int(sum(s.masked.sum() for s in states)),
+        "mean_mask_ratio": float(ratio.mean()),
+        "by_block": [int((index == k).sum()) for k in range(blocks)],
+        "unmasked_sequences": int((ratio == 0).sum()),
+    }
+
+
+def ratio_block(ratio: Float[Tensor, " N"], blocks: int = 4) -> Int[Tensor, " N"]:
+    """Block of a mask ratio: equal intervals, block 0 the most masked; k with 1 - (k+1)/K < ratio <= 1 - k/K."""
+    return torch.clamp(torch.floor((1 - ratio) * blocks + 1e-6).long(), 0, blocks - 1)
+
+
+def iterate_rows(trajectories: list[Trajectory]) -> Iterator[RowState]:
+    """Every state of every trajectory."""
+    for i, trajectory in enumerate(trajectories):
+        for index in range(len(trajectory)):
+            yield trajectory.state(index, i)

@@ -1,0 +1,22 @@
+"""Masked diffusion: the forward process, the one loop that denoises, and the likelihood bound."""
+
+from dllmq.diffusion.likelihood import greedy_match, log_likelihood, log_likelihoods
+from dllmq.diffusion.predict import MaskPredictor
+from dllmq.diffusion.process import mask_tokens, stratified_masks, tokens_per_step
+from dllmq.diffusion.sampler import Generation, SamplerConfig, Step, apply, denoise, generate
+
+__all__ = [
+    "Generation",
+    "MaskPredictor",
+    "SamplerConfig",
+    "Step",
+    "apply",
+    "denoise",
+    "generate",
+    "greedy_match",
+    "log_likelihood",
+    "log_likelihoods",
+    "mask_tokens",
+    "stratified_masks",
+    "tokens_per_step",
+]

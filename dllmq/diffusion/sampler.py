@@ -1,0 +1,352 @@
+"""The reverse process of LLaDA as an iterator of steps; everything that denoises reads this one loop.
+
+    x = prompt + gen_length masks
+    for each block, for each of its steps:
+        x0, confidence = model(x) at every mask left of the block's end
+        commit x0 at the k most confident of them             (k: tokens_per_step of the block)
+
+Semantics are those of ML-GSAI/LLaDA `generate.py` (arXiv:2502.09992, section 2.4), down to its corner cases:
+
+- `steps` is the total. A block's masks are counted per row when it starts; larger counts come first.
+- Masks inside the prompt are predicted too. They compete for the block's quota, so masks can be left over.
+- The mask id is a legal prediction: it spends a slot of the quota and the position stays masked.
+- There is no early stop and EOS is not special. A committed token never changes.
+- Guidance: see predict.py. `given` = what was not a mask at the start, fixed once.
+- logits_eos_inf: EOS can never be predicted (its logit is -inf).
+- confidence_eos_eot_inf: x0 is untouched, but EOS and EoT are committed last. In the published code this is
+  one chained assignment, to EOS of the noisy logits and EoT of the plain ones. At T = 0 these are one tensor,
+  so the softmax of the confidence has -inf for both (they have confidence 0, the others are renormalised); at
+  T > 0 only EoT is affected. Reproduced. Under remasking = random it does not change the order.
+
+Where we are more exact, or where the reference leaves it open:
+
+- Confidence is a float32 softmax (reference: the logits' dtype, so bfloat16), or float64 for a float64 model.
+- Ties: higher confidence first, then the leftmost position (reference: arbitrary). Equal logits: lowest id.
+- A step that commits nothing in any row (more steps than tokens) is skipped: no forward, no Step.
+- Temperature: argmax of logits - T log(-log u), u ~ U(0, 1) in float64, which is the argmax of the published
+  exp(logits) / (-log u)^T. u is drawn at the committable positions only, in row-major order. The distribution
+  is the reference's, the random stream is not; at T = 0 the stream of `random` remasking is.
+
+Legend: B rows, P prompt, L = P + gen_length columns, E logits, N observed positions; x0 predicted tokens.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from dllmq.diffusion.predict import MaskPredictor, at_least_float32, hidden_states, logits_at
+from dllmq.diffusion.process import tokens_per_step, uniform
+from dllmq.diffusion.settings import SamplerConfig
+
+OBSERVE = ("committable", "masked", "all")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step: the state the model saw, what it predicted, what is kept.
+
+    Attributes:
+        index: 0-based over the whole run; skipped steps leave a gap.
+        num_steps: the config's steps.
+        block: index of the block being decoded.
+        tokens: x_t, before the commit.
+        masked: 1[x_t = MASK], over the whole canvas.
+        observed: where the model's output was read.
+        prediction: x0 where observed, x_t elsewhere. Noise (T > 0) only reaches the committable positions.
+        score: the confidence, softmax probability of the prediction (guided, noiseless, after the EOS flags);
+            what low_confidence ranks by, also reported under random. 0 where not observed.
+        committed: what apply() turns from a mask into a token; a slot spent on a predicted mask id is not.
+        forwards: model calls so far, this one included; a CFG pair is one.
+        logits: guided, noiseless logits at the observed positions, row-major (full[observed] = logits),
+            after logits_eos_inf and before confidence_eos_eot_inf; None unless asked for.
+    """
+
+    index: int
+    num_steps: int
+    block: int
+    tokens: Int[Tensor, "B L"]
+    masked: Bool[Tensor, "B L"]
+    observed: Bool[Tensor, "B L"]
+    prediction: Int[Tensor, "B L"]
+    score: Float[Tensor, "B L"]
+    committed: Bool[Tensor, "B L"]
+    forwards: int
+    logits: Float[Tensor, "N E"] | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Prompt and generated tokens [B, P + gen_length], and the model calls it took."""
+
+    tokens: Int[Tensor, "B L"]
+    forwards: int
+
+
+def generate(
+    model: MaskPredictor,
+    prompt_ids: Int[Tensor, "B P"],
+    config: SamplerConfig,
+    attention_mask: Shaped[Tensor, "B _"] | None = None,
+    generator: torch.Generator | None = None,
+) -> Generation:
+    """Denoises to the end; arguments as in denoise()."""
+    for step in denoise(model, prompt_ids, config, attention_mask, generator):  # noqa: B007
+        pass
+    return Generation(apply(step), step.forwards)
+
+
+def apply(step: Step) -> Int[Tensor, "B L"]:
+    """The tokens after the step's commit: the next state of the trajectory."""
+    return torch.where(step.committed, step.prediction, step.tokens)
+
+
+def denoise(
+    model: MaskPredictor,
+    prompt_ids: Int[Tensor, "B P"],
+    config: SamplerConfig,
+    attention_mask: Shaped[Tensor, "B _"] | None = None,
+    generator: torch.Generator | None = None,
+    observe: str = "committable",
+    keep_logits: bool = False,
+) -> Iterator[Step]:
+    """Yields every step of the reverse process, first to last.
+
+    The generated tokens depend neither on `observe` nor on `keep_logits`: the committable positions are read
+    first, by calls of the same shapes.
+
+    Args:
+        model: any MaskPredictor.
+        prompt_ids: prompts, padded on the left.
+        config: the sampler's settings.
+        attention_mask: 1 at tokens, 0 at pads; extended with ones over the generated part. None: no pads.
+        generator: source of randomness for temperature > 0 and for random remasking, one for the whole batch;
+            on the model's device it is fastest. None: torch's default CPU generator.
+        observe: where the LM head runs: committable (masks left of the block's end; enough to generate) |
+            masked (every mask of the canvas) | all (every column).
+        keep_logits: also return the logits at the observed positions.
+
+    Raises:
+        ValueError: unknown `observe`, an attention mask of another shape or not left-padded, or an EOS flag
+            for a model whose config does not name these tokens.
+        FloatingPointError: the model returned NaN.
+    """
+    if observe not in OBSERVE:
+        raise ValueError(f"Unknown observe={observe}: use {', '.join(OBSERVE)}.")
+    if attention_mask is not None:
+        attention_mask = _canvas_mask(attention_mask, prompt_ids, config.gen_length, model.device)
+    mask_id = model.config.mask_token_id
+    x = torch.nn.functional.pad(prompt_ids.to(model.device), (0, config.gen_length), value=mask_id)
+    process = _ReverseProcess(
+        config=config,
+        mask_id=mask_id,
+        forward=FullForward(model, x != mask_id, attention_mask, config.cfg_scale),
+        commit=TopK(config.steps_per_block),
+        read=_Reader(model, config, _flag_ids(model, config), generator, keep_logits),
+        observe=observe,
+    )
+    return process.run(x)
+
+
+# The two seams. A cache replaces FullForward: it is told the block and the step inside it, and owes hidden
+# states at the columns that can be committed. A threshold replaces TopK, which owns both how often a block is
+# visited and what a visit commits.
+Forward = Callable[[Int[Tensor, "B L"], int, int], tuple[Float[Tensor, "B L d"], ...]]
+
+
+@dataclass(frozen=True)
+class FullForward:
+    """x_t -> hidden states of the whole canvas, recomputed in every step."""
+
+    model: MaskPredictor
+    given: Bool[Tensor, "B L"]
+    attention_mask: Shaped[Tensor, "B L"] | None
+    cfg_scale: float
+
+    def __call__(self, x: Int[Tensor, "B L"], block: int, step: int) -> tuple[Float[Tensor, "B L d"], ...]:
+        return hidden_states(self.model, x, self.attention_mask, self.given, self.cfg_scale)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Commits a fixed number of tokens per step: the k highest keys of each row."""
+
+    steps_per_block: int
+
+    def counts(self, in_block: Bool[Tensor, "B n"]) -> tuple[Int[Tensor, " B"], ...]:
+        """k per row, one tensor per step of the block that starts (on the CPU: reading it costs no sync)."""
+        return tokens_per_step(in_block.sum(1).cpu(), self.steps_per_block).unbind(1)
+
+    def __call__(
+        self, key: Float[Tensor, "B L"], committable: Bool[Tensor, "B L"], count: Int[Tensor, " B"]
+    ) -> Bool[Tensor, "B L"]:
+        """Picks `count` committable positions per row by highest key; equal keys go to the leftmost."""
+        order = key.masked_fill(~committable, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        rank = torch.empty_like(order)
+        rank.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+        return (rank < count.to(rank.device)[:, None]) & committable
+
+
+@dataclass(frozen=True)
+class _ReverseProcess:
+    """The loop and what it is made of."""
+
+    config: SamplerConfig
+    mask_id: int
+    forward: Forward
+    commit: TopK
+    read: "_Reader"
+    observe: str
+
+    def run(self, x: Int[Tensor, "B L"]) -> Iterator[Step]:
+        c, forwards = self.config, 0
+        for block in range(c.num_blocks):
+            end = x.shape[1] - c.gen_length + (block + 1) * c.block_length
+            in_block = x[:, end - c.block_length : end] == self.mask_id
+            for i, count in enumerate(self.commit.counts(in_block)):
+                if not count.any():
+                    self._random_key(x)  # the reference draws here, and we follow its stream
+                    continue
+                forwards += 1
+                step = self._step(x, block, i, end, count, forwards)
+                yield step
+                x = apply(step)
+
+    # On the step, not on the generator: there the mode would leak to the consumer between two steps. And not
+    # inference_mode: states are used, and may be changed, outside.
+    @torch.no_grad()
+    def _step(
+        self, x: Int[Tensor, "B L"], block: int, i: int, end: int, count: Int[Tensor, " B"], forwards: int
+    ) -> Step:
+        index = block * self.config.steps_per_block + i
+        masked = x == self.mask_id
+        committable = masked & (torch.arange(x.shape[1], device=x.device) < end)
+        observed = {"committable": committable, "masked": masked, "all": torch.ones_like(masked)}[
+            self.observe
+        ]
+        prediction, confidence, logits = self.read(x, self.forward(x, block, i), committable, observed)
+        if bool(confidence.isnan().any()):
+            raise FloatingPointError(
+                f"The model returned NaN at denoising step {index + 1} of {self.config.steps}: check the "
+                "checkpoint and the quantization (a scale of 0 or inf), or run in float32."
+            )
+        draw = self._random_key(x)
+        chosen = self.commit(confidence if draw is None else draw, committable, count)
+        return Step(
+            index=index,
+            num_steps=self.config.steps,
+            block=block,
+            tokens=x,
+            masked=masked,
+            observed=observed,
+            prediction=prediction,
+            score=confidence.float(),
+            committed=chosen & (prediction != self.mask_id),
+            forwards=forwards,
+            logits=logits,
+        )
+
+    def _random_key(self, x: Int[Tensor, "B L"]) -> Float[Tensor, "B L"] | None:
+        """U[0, 1) for the whole canvas under random remasking; None, and nothing drawn, otherwise."""
+        if self.config.remasking != "random":
+            return None
+        return uniform(tuple(x.shape), self.read.generator, x.device)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """hidden states -> prediction, confidence (and logits) at the observed positions."""
+
+    model: MaskPredictor
+    config: SamplerConfig
+    flag_ids: tuple[list[int], list[int]]  # never predicted; never trusted
+    generator: torch.Generator | None
+    keep_logits: bool
+
+    def __call__(
+        self,
+        x: Int[Tensor, "B L"],
+        hidden: tuple[Float[Tensor, "B L d"], ...],
+        committable: Bool[Tensor, "B L"],
+        observed: Bool[Tensor, "B L"],
+    ) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B L"], Float[Tensor, "N E"] | None]:
+        groups = [committable]  # alone and first, so that its rounding and noise never depend on `observed`
+        rest = observed & ~committable
+        if bool(rest.any()):
+            groups.append(rest)
+        prediction, confidence, logits = x.clone(), None, None
+        for group in groups:
+            temperature = self.config.temperature if group is committable else 0.0
+            parts = [self._read(part, temperature) for part in self._logits(hidden, group)]
+            x0, p, values = (torch.cat(part) for part in zip(*parts, strict=True))
+            if confidence is None:
+                confidence = p.new_zeros(x.shape)
+                logits = values.new_empty(int(observed.sum()), values.shape[1]) if self.keep_logits else None
+            prediction[group] = x0
+            confidence[group] = p
+            if logits is not None:
+                logits[group[observed]] = values
+        assert confidence is not None
+        return prediction, confidence, logits
+
+    def _logits(self, hidden: tuple[Tensor, ...], where: Tensor) -> Iterator[Tensor]:
+        never_predicted = self.flag_ids[0]
+        for logits in logits_at(self.model, hidden, where, self.config.cfg_scale):
+            yield _exclude(logits, never_predicted)
+
+    def _read(
+        self, logits: Float[Tensor, "n E"], temperature: float
+    ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, "n E2"]]:
+        x0 = self._noisy(logits, temperature).argmax(-1)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        p = torch.softmax(_exclude(logits, self.flag_ids[1]), -1, dtype=dtype).gather(1, x0[:, None])[:, 0]
+        # new_empty, not logits[:, :0]: a view would keep every chunk's logits alive
+        return x0, p, at_least_float32(logits) if self.keep_logits else logits.new_empty(len(logits), 0)
+
+    def _noisy(self, logits: Float[Tensor, "n E"], temperature: float) -> Float[Tensor, "n E"]:
+        if temperature == 0:
+            return logits
+        u = uniform(tuple(logits.shape), self.generator, logits.device, torch.float64)
+        return logits.double() - temperature * torch.log(-torch.log(u))
+
+
+def _exclude(logits: Float[Tensor, "n E"], ids: list[int]) -> Float[Tensor, "n E"]:
+    """The logits with -inf at `ids`; unchanged, and not copied, when there are none."""
+    if not ids:
+        return logits
+    return logits.index_fill(-1, torch.tensor(ids, device=logits.device), -torch.inf)
+
+
+def _flag_ids(model: MaskPredictor, config: SamplerConfig) -> tuple[list[int], list[int]]:
+    """The ids that the two EOS flags exclude from the prediction and from the confidence."""
+
+    def id_of(name: str, flag: str) -> int:
+        if (value := getattr(model.config, name, None)) is None:
+            raise ValueError(
+                f"{flag}=true needs {name}, which the model's config does not have: set it to false."
+            )
+        return int(value)
+
+    never_predicted, never_trusted = [], []
+    if config.logits_eos_inf:
+        never_predicted = [id_of("eos_token_id", "logits_eos_inf")]
+    if config.confidence_eos_eot_inf:
+        never_trusted = [id_of(name, "confidence_eos_eot_inf") for name in ("eot_token_id", "eos_token_id")]
+        if config.temperature > 0:
+            never_trusted = never_trusted[:1]  # only EoT, see the module's docstring
+    return never_predicted, never_trusted
+
+
+def _canvas_mask(mask: Tensor, prompt_ids: Tensor, gen_length: int, device: torch.device) -> Tensor:
+    """The prompts' attention mask, checked and extended with ones over the generated part."""
+    if mask.shape != prompt_ids.shape:
+        raise ValueError(
+            f"attention_mask must have the prompts' shape {list(prompt_ids.shape)}; got {list(mask.shape)}. "
+            "It covers the prompt only."
+        )
+    if bool((mask[:, 1:].long() < mask[:, :-1].long()).any()):
+        raise ValueError("Prompts must be padded on the left: a row of attention_mask is zeros, then ones.")
+    mask = mask.to(device)
+    return torch.cat([mask, mask.new_ones(mask.shape[0], gen_length)], dim=1)

@@ -1,0 +1,306 @@
+"""DiffusionLM: a mask predictor as lm-eval sees it.
+
+Generation denoises with the one loop of diffusion/, so gen_length, steps, temperature and guidance come from the
+settings. Of a request's own arguments only `until` is honoured; `max_gen_toks`, `temperature` and `do_sample` are
+not (asking for sampling while the sampler is greedy warns once).
+
+Batches are a function of the requests alone: prompts are sorted by length, then by their tokens, and cut into
+batches of a fixed size, longest first; within a batch they are padded on the left. Answers come back in the order
+of the requests, and shuffled requests give the same answers.
+
+An answer's text follows ML-GSAI/LLaDA `eval_llada.py`: decode with special tokens, cut at each stop string in turn,
+tokenize again and decode without special tokens. There is no cut at EOS in it (eos_cut="none"); under
+eos_cut="first" the tokens from the first EOS or EoT on are dropped before. Nothing adds BOS: prompts are tokenized
+as they are, a chat template brings its own.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Int
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from torch import Tensor
+
+from dllmq.diffusion import MaskPredictor, apply, denoise, greedy_match, log_likelihoods
+from dllmq.evaluation.settings import EvalSettings
+
+log = logging.getLogger(__name__)
+Progress = Callable[[int, int, str], None]
+
+
+class Tokenizer(Protocol):
+    """What is used of a Hugging Face tokenizer."""
+
+    chat_template: Any
+    name_or_path: str
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Any: ...
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any: ...
+
+
+@dataclass
+class Counters:
+    """What the requests so far took.
+
+    Attributes:
+        requests: answered.
+        forwards: calls of the transformer; a guided pair is one.
+        generated_tokens: tokens of the answers as returned, so after every cut.
+        truncated: answers that filled gen_length without EOS, EoT or a stop string.
+    """
+
+    requests: int = 0
+    forwards: int = 0
+    generated_tokens: int = 0
+    truncated: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer; `ended` tells whether EOS, EoT or a stop string was met."""
+
+    text: str
+    num_tokens: int
+    ended: bool
+
+
+def cut_answer(
+    tokens: list[int], until: Sequence[str], eos_ids: Sequence[int], eos_cut: str, tokenizer: Tokenizer
+) -> Answer:
+    """Turns generated tokens into an answer, as the module's docstring says."""
+    end = next((i for i, token in enumerate(tokens) if token in eos_ids), None)
+    text = tokenizer.decode(tokens[:end] if eos_cut == "first" else tokens, skip_special_tokens=False)
+    kept = text
+    for stop in filter(None, until):
+        kept = kept.split(stop)[0]
+    ids = tokenizer(kept, add_special_tokens=False)["input_ids"]
+    answer = tokenizer.decode(ids, skip_special_tokens=True)
+    return Answer(answer, len(ids), ended=end is not None or len(kept) < len(text))
+
+
+class CountingModel:
+    """The model's face towards diffusion/, counting calls of the transformer."""
+
+    def __init__(self, model: MaskPredictor, counters: Counters) -> None:
+        self.model, self.counters, self.config = model, counters, model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        self.counters.forwards += 1
+        return self.model.hidden_states(input_ids, attention_mask)
+
+    def head(self, h: Tensor) -> Tensor:
+        return self.model.head(h)
+
+
+class DiffusionLM(LM):
+    """lm-eval's `LM` over a mask predictor.
+
+    Args:
+        model: any MaskPredictor, with max_sequence_length in its config unless the settings have a max_length.
+        tokenizer: a Hugging Face tokenizer.
+        settings: how it answers.
+        progress: called with (done, total, what) after each denoising step, or finished likelihood.
+
+    Attributes:
+        counters: what the requests so far took.
+    """
+
+    def __init__(
+        self,
+        model: MaskPredictor,
+        tokenizer: Tokenizer,
+        settings: EvalSettings | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        super().__init__()
+        self.counters = Counters()
+        self.model, self.tokenizer = CountingModel(model, self.counters), tokenizer
+        self.settings, self.progress = settings or EvalSettings(), progress
+        self._device = model.device
+        self._warned = False
+        names = ("eos_token_id", "eot_token_id")
+        self.eos_ids = [i for name in names if (i := getattr(model.config, name, None)) is not None]
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens a canvas may have; None when neither the settings nor the model say."""
+        return self.settings.max_length or getattr(self.model.config, "max_sequence_length", None)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    # --- generation
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers in the order of the requests.
+
+        Raises:
+            ValueError: a prompt and gen_length together exceed the maximum length; nothing is cut silently.
+        """
+        prompts = [self.encode(request.args[0]) for request in requests]
+        for request, prompt in zip(requests, prompts, strict=True):
+            self._check_length(request, len(prompt), self.settings.sampler.gen_length, "gen_length")
+            self._warn_of_sampling(request.args[1])
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i], i))
+        size = self.settings.batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        answers = [""] * len(requests)
+        for index, rows in enumerate(batches):
+            generated = self._denoise([prompts[i] for i in rows], index, len(batches))
+            for i, tokens in zip(rows, generated, strict=True):
+                answers[i] = self._finish(tokens, requests[i])
+        return answers
+
+    def _denoise(self, prompts: list[list[int]], index: int, num_batches: int) -> list[list[int]]:
+        """The generated tokens of one batch."""
+        sampler = self.settings.sampler
+        prompt_ids, attention_mask = left_pad(prompts, pad=self.eos_ids[0] if self.eos_ids else 0)
+        generator = torch.Generator(self.model.device).manual_seed(_seed(self.settings.seed, index))
+        for step in denoise(self.model, prompt_ids, sampler, attention_mask, generator):
+            if self.progress is not None:
+                done = index * sampler.steps + step.index + 1
+                self.progress(done, num_batches * sampler.steps, "denoising steps")
+        generated: list[list[int]] = apply(step)[:, prompt_ids.shape[1] :].tolist()
+        return generated
+
+    def _finish(self, tokens: list[int], request: Instance) -> str:
+        until = request.args[1].get("until") or []
+        stops = [until] if isinstance(until, str) else until
+        answer = cut_answer(tokens, stops, self.eos_ids, self.settings.eos_cut, self.tokenizer)
+        self.counters.requests += 1
+        self.counters.generated_tokens += answer.num_tokens
+        self.counters.truncated += not answer.ended
+        self.cache_hook.add_partial("generate_until", request.args, answer.text)
+        return answer.text
+
+    def _warn_of_sampling(self, arguments: dict[str, Any]) -> None:
+        if arguments.get("do_sample") and self.settings.sampler.temperature == 0 and not self._warned:
+            self._warned = True
+            log.warning(
+                "The task asks for sampling, but the sampler is greedy (temperature=0): it stays greedy."
+            )
+
+    def _check_length(self, request: Instance, prompt: int, rest: int, name: str) -> None:
+        limit = self.max_length
+        if limit is not None and prompt + rest > limit:
+            raise ValueError(
+                f"Problem {request.doc_id} of {request.task_name or 'the task'}: its prompt has {prompt} tokens, "
+                f"and with {name} = {rest} that is more than the maximum length {limit}. Lower {name}, or use "
+                "fewer examples in the prompt."
+            )
+
+    # --- likelihood
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """The Monte-Carlo lower bound of log p(continuation | context) in nats, and whether it is greedy.
+
+        A value depends on its request and the seed, not on the other requests, up to rounding. The second part
+        is False unless settings.greedy_check.
+
+        Raises:
+            ValueError: a request exceeds the maximum length, or its continuation has no tokens.
+        """
+        pairs = [self.encode_pair(*request.args[:2]) for request in requests]
+        for request, (prompt, answer) in zip(requests, pairs, strict=True):
+            self._check_length(request, len(prompt), len(answer), "the continuation's length")
+        order = sorted(range(len(pairs)), key=lambda i: (-sum(map(len, pairs[i])), pairs[i], i))
+        tensors = [(_ids(pairs[i][0]), _ids(pairs[i][1])) for i in order]
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for i, ids, value in zip(order, tensors, self._bounds(tensors), strict=True):
+            greedy = self.settings.greedy_check and greedy_match(
+                self.model, *ids, self.settings.sampler.cfg_scale
+            )
+            results[i] = (value, greedy)
+            self.cache_hook.add_partial("loglikelihood", requests[i].args, results[i])
+        self.counters.requests += len(requests)
+        return results
+
+    def _bounds(self, pairs: list[tuple[Tensor, Tensor]]) -> list[float]:
+        s = self.settings
+        return log_likelihoods(
+            self.model,
+            pairs,
+            num_samples=s.mc_num,
+            batch_size=s.mc_batch_size,
+            cfg_scale=s.sampler.cfg_scale,
+            seed=s.seed,
+            rows_per_forward=s.rows_per_forward,
+            progress=self.progress,
+        )
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of both; white space at the context's end goes to the continuation, which is then what is left
+        of the tokens of the whole text."""
+        bare = context.rstrip()
+        prompt = self.encode(bare)
+        return prompt, self.encode(context + continuation)[len(prompt) :]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        raise ValueError(
+            "Rolling log-likelihood (perplexity of a text) is not defined for masked diffusion LMs: they have no "
+            "left-to-right factorization. Use a task with contexts and continuations, or one that generates."
+        )
+
+    # --- chat
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template's text, for lm-eval's records; None when it is not used."""
+        if chat_template is False:
+            return None
+        return self._template(chat_template)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The messages as one text. Without a generation prompt the last message is left open."""
+        text: str = self.tokenizer.apply_chat_template(
+            chat_history,
+            chat_template=self._template(True),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text
+
+    def _template(self, name: bool | str) -> str:
+        templates = self.tokenizer.chat_template
+        if isinstance(templates, dict):
+            templates = templates.get(name if isinstance(name, str) else "default")
+        if not isinstance(templates, str):
+            raise ValueError(
+                "The tokenizer has no such chat template: set chat_template=false, or use the tokenizer of an "
+                "instruct checkpoint."
+            )
+        return templates
+
+
+def left_pad(prompts: list[list[int]], pad: int) -> tuple[Int[Tensor, "B P"], Int[Tensor, "B P"] | None]:
+    """Prompts as one tensor and its attention mask; None where all have the same length."""
+    width = max(map(len, prompts))
+    ids = _ids([[pad] * (width - len(prompt)) + prompt for prompt in prompts]).reshape(len(prompts), width)
+    if all(len(prompt) == width for prompt in prompts):
+        return ids, None
+    return ids, _ids([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
+
+def _ids(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.long)
+
+
+def _seed(*parts: int) -> int:
+    """One generator seed from several numbers."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,294 @@
+"""Tasks: which there are, what can be refused before weights are read, and evaluate().
+
+A task is one lm-eval YAML in task_configs/. Its `metadata.dllmq` holds test_size (how many problems there are
+without a limit) and the settings the task is meant for. lm-eval is imported in the functions that need it, so names
+are checked within milliseconds.
+
+lm-eval builds the prompts, filters the answers and applies the metrics (`simple_evaluate`), one task at a time: a
+task's batches, and with them its numbers, do not depend on the tasks beside it. Means and standard errors are our
+own, from its per-problem values.
+"""
+
+import difflib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import yaml
+
+from dllmq.evaluation.settings import EvalSettings
+from dllmq.evaluation.statistics import mean_stderr
+from dllmq.mini.tasks import problems, write_jsonl
+
+log = logging.getLogger(__name__)
+FOLDER = Path(__file__).parent / "task_configs"
+Progress = Callable[[int, int, str], None]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with lm-eval's `!function package.module.name`."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: resolve_name(loader.construct_scalar(node)))
+
+
+def known_tasks() -> tuple[str, ...]:
+    """Names that evaluate() takes."""
+    return tuple(sorted(file.stem for file in FOLDER.glob("*.yaml")))
+
+
+def task_config(name: str) -> dict[str, Any]:
+    """A task's YAML as lm-eval's inline task."""
+    config: dict[str, Any] = yaml.load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), _Loader)
+    return config
+
+
+def task_defaults(name: str) -> dict[str, Any]:
+    """The settings a task is meant for: fields of SamplerConfig and EvalSettings, without test_size."""
+    return {key: value for key, value in task_config(name)["metadata"]["dllmq"].items() if key != "test_size"}
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """Refuses an empty list, an unknown name and a name given twice.
+
+    Raises:
+        ValueError: with the closest known names.
+    """
+    known = known_tasks()
+    if not names:
+        raise ValueError(f"No task is named; there are {', '.join(known)}.")
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(f"Unknown task {name!r}; there are {', '.join(known)}.{hint}")
+        if list(names).count(name) > 1:
+            raise ValueError(f"Task {name} is named twice; name it once.")
+
+
+def runs_code(name: str) -> bool:
+    """Whether scoring a task runs what the model wrote."""
+    return bool(task_config(name).get("unsafe_code", False))
+
+
+def check_code_execution(names: Sequence[str], allowed: bool) -> None:
+    """Refuses tasks that run generated programs, unless the user allowed it.
+
+    Raises:
+        ValueError: naming the tasks and the switch.
+    """
+    unsafe = [name for name in names if runs_code(name)]
+    if unsafe and not allowed:
+        raise ValueError(
+            f"Scoring {', '.join(unsafe)} runs programs that the model wrote, in a subprocess with limits but on "
+            "this machine: allow it with eval.allow_code_execution=true, or leave the task out."
+        )
+
+
+def build_task_configs(names: Sequence[str], n: int | None, data_dir: Path) -> list[dict[str, Any]]:
+    """lm-eval's inline tasks over local files, which are written where they are missing.
+
+    Args:
+        names: known tasks.
+        n: the first n test problems; None: the task's test_size.
+        data_dir: gets <task>-test-<n>.jsonl and the cache of `datasets`. Several processes may share it.
+    """
+    configs = []
+    for name in names:
+        config = task_config(name)
+        data = _write_problems(name, n or config["metadata"]["dllmq"]["test_size"], data_dir)
+        config["dataset_kwargs"] = {
+            "data_files": {"test": str(data)},
+            "cache_dir": str(data_dir / "datasets"),
+        }
+        configs.append(config)
+    return configs
+
+
+def _write_problems(name: str, n: int, data_dir: Path) -> Path:
+    path = data_dir / f"{name}-test-{n}.jsonl"
+    own = write_jsonl(problems(name, "test", n), data_dir / f".{path.name}.{os.getpid()}")
+    if path.exists() and path.read_bytes() == own.read_bytes():
+        own.unlink()  # an unchanged file keeps the cache of `datasets` valid
+    else:
+        own.replace(path)
+    return path
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Scores of tasks and what they are made of; every field is keyed by task and plain enough for JSON.
+
+    Attributes:
+        scores: {metric: {"value", "stderr", "n"}}. A metric is named as in lm-eval, with the filter behind a
+            comma where a task has several: "exact_match,strict-match", "pass@1", "acc". stderr is that of the
+            mean, NaN for one problem.
+        per_problem: {metric: one value per problem, in the order of the problems}.
+        samples: per problem doc_id, id, prompt, target, response, what the filters made of it, and its metrics.
+        counters: requests, forwards, generated_tokens, truncated (see harness.Counters) and seconds.
+    """
+
+    scores: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    per_problem: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    counters: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def __or__(self, other: "EvalResult") -> "EvalResult":
+        """Both results' tasks; `other` wins where both have one."""
+        names = ("scores", "per_problem", "samples", "counters")
+        return EvalResult(**{name: getattr(self, name) | getattr(other, name) for name in names})
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    settings: EvalSettings | Mapping[str, EvalSettings],
+    limit: int | None = None,
+    allow_code_execution: bool = False,
+    work_dir: Path = Path("."),
+    progress: Progress | None = None,
+) -> EvalResult:
+    """Scores a model.
+
+    Args:
+        model: any MaskPredictor.
+        tokenizer: its tokenizer.
+        tasks: known names.
+        settings: for all tasks, or one per task.
+        limit: the first so many problems of each task; None: all.
+        allow_code_execution: the user's opt-in for tasks that run generated programs.
+        work_dir: for the problems and the data sets' cache.
+        progress: called with (done, total, "task: what").
+
+    Raises:
+        ValueError: unknown tasks, no opt-in, or a prompt that does not fit.
+    """
+    check_tasks(tasks)
+    check_code_execution(tasks, allow_code_execution)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be an integer >= 1, or None (null) for all problems; got {limit}.")
+    from dllmq.evaluation.harness import DiffusionLM
+
+    result = EvalResult()
+    for name in tasks:
+        own = settings[name] if isinstance(settings, Mapping) else settings
+        lm = DiffusionLM(model, tokenizer, own, _named(progress, name))
+        result |= score_task(lm, name, limit, work_dir, own.chat_template)
+    return result
+
+
+def score_task(lm: Any, name: str, n: int | None, work_dir: Path, chat_template: bool = False) -> EvalResult:
+    """Scores any lm-eval `LM` on one task; a task that runs programs runs them.
+
+    Args:
+        lm: an instance; its `counters` are recorded if it has them.
+        name, n, work_dir: as in build_task_configs.
+        chat_template: apply lm's chat template to the prompts.
+    """
+    start = time.perf_counter()
+    (config,) = build_task_configs([name], n, work_dir)
+    with _quiet_lm_eval() as lm_eval:
+        output = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=[config],
+            task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
+            apply_chat_template=chat_template,
+            log_samples=True,
+            bootstrap_iters=0,
+            confirm_run_unsafe_code=True,  # check_code_execution has asked
+            random_seed=None,  # None: the caller's global generators stay as they are
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
+    counters = asdict(lm.counters) if hasattr(lm, "counters") else {}
+    counters["seconds"] = time.perf_counter() - start
+    result = _read_samples(name, output["samples"][name], counters)
+    _log_scores(name, result)
+    return result
+
+
+def _named(progress: Progress | None, name: str) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda done, total, what: progress(done, total, f"{name}: {what}")
+
+
+def _read_samples(name: str, samples: list[dict[str, Any]], counters: dict[str, float]) -> EvalResult:
+    """lm-eval's samples, one per problem and filter, as one record per problem."""
+    several = len({sample["filter"] for sample in samples}) > 1
+    records: dict[int, dict[str, Any]] = {}
+    values: dict[str, dict[int, float]] = {}
+    for sample in samples:
+        record = records.setdefault(sample["doc_id"], _record(sample))
+        if sample["filter"] != "none":
+            record["filtered"][sample["filter"]] = sample["filtered_resps"][0]
+        for metric in sample["metrics"]:
+            key = f"{metric},{sample['filter']}" if several else metric
+            record[key] = float(sample[metric])
+            values.setdefault(key, {})[sample["doc_id"]] = record[key]
+    per_problem = {key: [by_doc[i] for i in sorted(by_doc)] for key, by_doc in values.items()}
+    return EvalResult(
+        scores={name: {key: asdict(mean_stderr(column)) for key, column in per_problem.items()}},
+        per_problem={name: per_problem},
+        samples={name: [records[i] for i in sorted(records)]},
+        counters={name: counters},
+    )
+
+
+def _record(sample: dict[str, Any]) -> dict[str, Any]:
+    """What a problem's samples share. The response of a choice is the most likely continuation."""
+    doc = sample["doc"]
+    record = {
+        "doc_id": sample["doc_id"],
+        "id": doc.get("id") or doc.get("task_id"),
+        "prompt": sample["arguments"][0][0],
+        "target": sample["target"],
+    }
+    if isinstance(sample["resps"][0][0], str):
+        return record | {"response": sample["resps"][0][0], "filtered": {}}
+    bounds = [float(responses[0][0]) for responses in sample["resps"]]
+    chosen = bounds.index(max(bounds))
+    return record | {"response": sample["arguments"][chosen][1], "log_likelihoods": bounds, "filtered": {}}
+
+
+def _log_scores(name: str, result: EvalResult) -> None:
+    scores, counters = result.scores[name], result.counters[name]
+    text = ", ".join(f"{key} {s['value']:.3f} +- {s['stderr']:.3f}" for key, s in scores.items())
+    n = len(result.samples[name])
+    forwards = counters.get("forwards", 0)
+    log.info("%s: %s (n=%d), %d forwards, %.1f s", name, text, n, forwards, counters["seconds"])
+
+
+@contextmanager
+def _quiet_lm_eval() -> Iterator[Any]:
+    """lm_eval without its log, its bars, and its report of the machine, which takes seconds; records have theirs."""
+    import datasets
+    import lm_eval.api.task
+    import lm_eval.evaluator
+    import lm_eval.tasks
+
+    logger = logging.getLogger("lm_eval")
+    with ExitStack() as undo:
+        undo.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
+        if not datasets.are_progress_bars_disabled():
+            undo.callback(datasets.enable_progress_bars)
+            datasets.disable_progress_bars()
+        evaluator, task = lm_eval.evaluator, lm_eval.api.task
+        for module, attribute, value in (
+            (evaluator, "add_env_info", lambda storage: None),
+            (evaluator, "get_git_commit_hash", lambda: ""),
+            (task, "tqdm", partial(getattr(task, "tqdm", iter), disable=True)),
+        ):
+            if hasattr(module, attribute):
+                undo.callback(setattr, module, attribute, getattr(module, attribute))
+                setattr(module, attribute, value)
+        yield lm_eval

@@ -1,0 +1,1 @@
+"""Low-bit linear layers, one file per backend, each with a float reference it must equal."""

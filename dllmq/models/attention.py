@@ -1,0 +1,78 @@
+"""The attention product softmax(Q K^T) V, in full precision or with P and V quantized.
+
+P is the softmax output [B, heads, Q, L], V the values [B, heads, L, head_dim]. "W4A4" in DLLMQuant
+(arXiv 2508.14090) quantizes this product as well as the linears' inputs: P per query, dynamically; V with one static
+scale per layer and granularity group, fitted on the calibration states.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from dllmq.numerics import Grid, Params, fake_quant
+
+
+def repeat_kv(x: Float[Tensor, "B kv L h"], heads: int) -> Float[Tensor, "B heads L h"]:
+    """Grouped-query attention: each key/value head serves heads / kv consecutive query heads."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def attention_map(Q: Tensor, K: Tensor, bias: Tensor | None) -> Float[Tensor, "B heads Q L"]:
+    """P = softmax(Q K^T / sqrt(head_dim) + bias), in fp32 inside and the inputs' dtype outside."""
+    scores = Q @ K.transpose(-1, -2) / math.sqrt(Q.shape[-1])
+    if bias is not None:
+        scores = scores + bias
+    return torch.softmax(scores.float(), dim=-1).to(Q.dtype)
+
+
+class AttentionProduct:
+    """Full precision: torch's scaled dot product attention."""
+
+    passes_values = True  # V reaches the output unquantized, so a scale of V can be moved through the product
+
+    def __call__(self, Q: Tensor, K: Tensor, V: Tensor, bias: Tensor | None) -> Float[Tensor, "B heads Q h"]:
+        """Q [B, heads, Q, h], K and V [B, kv_heads, L, h], bias [B, 1, 1, L] or None."""
+        K, V = repeat_kv(K, Q.shape[1]), repeat_kv(V, Q.shape[1])
+        return F.scaled_dot_product_attention(Q, K, V, attn_mask=bias)
+
+
+@dataclass
+class QuantizedProduct(AttentionProduct):
+    """Deq(Q(P)) Deq(Q(V)).
+
+    Attributes:
+        p_grid: grid of P (one scale per query row), None leaves P in full precision.
+        v_grid: grid of V, None leaves V in full precision.
+        v_params: static scale and zero of V, broadcastable to [kv_heads, 1, head_dim] (one per head: [kv_heads, 1, 1]).
+    """
+
+    p_grid: Grid | None
+    v_grid: Grid | None
+    v_params: Params | None
+
+    @property
+    def passes_values(self) -> bool:  # type: ignore[override]
+        return self.v_grid is None
+
+    def __call__(self, Q: Tensor, K: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
+        K, V = repeat_kv(K, Q.shape[1]), repeat_kv(quantize_values(V, self.v_grid, self.v_params), Q.shape[1])
+        P = attention_map(Q, K, bias)
+        if self.p_grid is not None:
+            P = fake_quant(P, self.p_grid)
+        return P @ V
+
+
+def quantize_values(V: Float[Tensor, "B kv L h"], grid: Grid | None, params: Params | None) -> Tensor:
+    """Deq(Q(V)) under static parameters that broadcast over batch and tokens."""
+    if grid is None:
+        return V
+    assert params is not None
+    s, z = params.scale, params.zero
+    codes = torch.clamp(torch.round(V.float() / s) + z, 0, 2**grid.bits - 1)
+    return ((codes - z) * s).to(V.dtype)

@@ -1,0 +1,196 @@
+"""What the rest of dllmq knows about a model: a mask predictor made of blocks, and a topology table.
+
+A diffusion LM is a *mask predictor*: one bidirectional forward maps a partly masked sequence x_t to logits for
+every position. Quantization sees it as a stack of blocks, each with four groups of linears in execution order
+({q, k, v}, attention output, {gate, up}, down). Which linears share an input, which op before them can absorb a
+scale and which module a method inspects is data: `Topology`, one table per architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from dllmq.models.attention import AttentionProduct
+from dllmq.models.linear import QuantLinear
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """One row of a topology table: linears of a block that read the same input.
+
+    Attributes:
+        name: "qkv", "attn_out", "gate_up" or "down".
+        linears: attribute names in the block, in execution order.
+        absorber: attribute name of the op whose output is the group's input up to a channel-wise map, so that
+            x -> x / s can be moved into its weight: a norm (weight / s) or a linear (output rows / s).
+        inspect: the block's method that AWQ's loss looks at ("attention", "mlp"), None for the linear itself.
+        clip: linears whose weights AWQ may clip (not q and k: their product decides the attention pattern).
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    absorber: str
+    inspect: str | None
+    clip: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where things are in an architecture.
+
+    Attributes:
+        groups: rows in execution order.
+        product_before: name of the group whose input is the attention product P V, so the scale of V is settled
+            just before that group.
+        head: dotted name of the LM head; embedding: of the token embedding.
+    """
+
+    groups: tuple[GroupRow, ...]
+    product_before: str
+    head: str
+    embedding: str
+
+
+class BlockContext(NamedTuple):
+    """What every block of one forward shares: the additive key-padding bias (None without pads) and RoPE tables."""
+
+    bias: Float[Tensor, "B 1 1 L"] | None
+    sin: Float[Tensor, "L head_dim"]
+    cos: Float[Tensor, "L head_dim"]
+
+
+class Block(nn.Module):
+    """One transformer block. Subclasses name their linears as the published state dict does."""
+
+    product: AttentionProduct
+
+    def forward(self, x: Float[Tensor, "B L d"], ctx: BlockContext) -> Float[Tensor, "B L d"]:
+        raise NotImplementedError
+
+    def attention(self, h: Float[Tensor, "B L d"], ctx: BlockContext) -> Float[Tensor, "B L d"]:
+        """The attention sub-layer on the already normalized input h, output projection included."""
+        raise NotImplementedError
+
+    def mlp(self, h: Float[Tensor, "B L d"]) -> Float[Tensor, "B L d"]:
+        """The MLP sub-layer on the already normalized input h."""
+        raise NotImplementedError
+
+
+@runtime_checkable
+class MaskPredictor(Protocol):
+    """The contract of a loaded model; `load_model` returns one."""
+
+    config: Any  # mask_token_id, eos_token_id, ... as published
+    topology: Topology
+    blocks: nn.ModuleList
+
+    def __call__(
+        self, input_ids: Int[Tensor, "B L"], attention_mask: Tensor | None = None
+    ) -> Float[Tensor, "B L E"]: ...
+    def hidden_states(
+        self, input_ids: Int[Tensor, "B L"], attention_mask: Tensor | None = None
+    ) -> Float[Tensor, "B L d"]: ...
+    def head(self, h: Float[Tensor, "... d"]) -> Float[Tensor, "... E"]: ...
+    def embed(self, input_ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L d"]: ...
+    def context(self, length: int, attention_mask: Tensor | None = None) -> BlockContext: ...
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """A group of linears as a method sees it: weights, and how to judge a change of them.
+
+    Attributes:
+        name: for messages and records, "blocks.3.qkv".
+        weights: linear name -> W [O, I] in fp32.
+        can_scale: whether an op before the group can absorb x -> x / s.
+        inspect: (weights, X [B, L, I], valid [B, L] or None) -> output of the inspected module, computed with the
+            given weights in the place of the group's own and X as the group's input.
+        clip: linears AWQ may clip.
+    """
+
+    name: str
+    weights: dict[str, Float[Tensor, "O I"]]
+    can_scale: bool
+    inspect: Callable[[dict[str, Tensor], Tensor, Tensor | None], Tensor]
+    clip: frozenset[str]
+
+
+@contextmanager
+def swapped_weights(block: Block, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Within the context, the block's named linears hold the given weights (cast to their dtype)."""
+    linears = {name: getattr(block, name) for name in weights}
+    kept = {name: linear.weight.data for name, linear in linears.items()}
+    try:
+        for name, W in weights.items():
+            linears[name].weight.data = W.to(kept[name])
+        yield
+    finally:
+        for name, W in kept.items():
+            linears[name].weight.data = W
+
+
+def linear_group(model: MaskPredictor, index: int, row: GroupRow) -> LinearGroup:
+    """The group of topology row `row` in block `index` of the model."""
+    block = model.blocks[index]
+
+    def inspect(weights: dict[str, Tensor], X: Tensor, valid: Tensor | None) -> Tensor:
+        ctx = model.context(X.shape[1], valid)
+        X = X.to(getattr(block, row.linears[0]).weight.dtype)
+        with swapped_weights(block, weights):
+            if row.inspect == "attention":
+                return block.attention(X, ctx)
+            if row.inspect == "mlp":
+                return block.mlp(X)
+            return torch.cat([getattr(block, name)(X) for name in row.linears], dim=-1)
+
+    return LinearGroup(
+        name=f"blocks.{index}.{row.name}",
+        weights={name: getattr(block, name).weight.detach().float() for name in row.linears},
+        can_scale=_can_absorb(block, row),
+        inspect=inspect,
+        clip=frozenset(row.clip),
+    )
+
+
+def _can_absorb(block: Block, row: GroupRow) -> bool:
+    """A norm always can. A linear can if its outputs are the group's inputs one to one (not with grouped values),
+    no quantizer sits between the two, and its own grid has scales by row."""
+    absorber = getattr(block, row.absorber)
+    if absorber.weight.dim() == 1:
+        return True
+    same_width = absorber.weight.shape[0] == getattr(block, row.linears[0]).weight.shape[1]
+    free_path = row.name != "attn_out" or block.product.passes_values
+    by_row = not isinstance(absorber, QuantLinear) or absorber.quantized.grid.group_size != 0
+    return same_width and free_path and by_row
+
+
+@torch.no_grad()
+def absorb_scale(block: Block, row: GroupRow, s: Float[Tensor, " I"]) -> None:
+    """Divides the group's input by s, by changing the op before it: function-preserving once W -> W s."""
+    absorber = getattr(block, row.absorber)
+    if isinstance(absorber, QuantLinear):
+        absorber.scale_rows(1 / s)
+        return
+    weight = absorber.weight.data
+    by_output = s if weight.dim() == 1 else s[:, None]
+    absorber.weight.data = (weight.float() / by_output).to(weight.dtype)
+    if getattr(absorber, "bias", None) is not None:
+        absorber.bias.data = (absorber.bias.data.float() / s).to(absorber.bias.dtype)
+
+
+def padding_bias(attention_mask: Tensor | None, dtype: torch.dtype) -> Float[Tensor, "B 1 1 L"] | None:
+    """Additive bias over keys: finfo.min at pads for every query, None where nothing is padded."""
+    if attention_mask is None:
+        return None
+    keep: Bool[Tensor, "B L"] = attention_mask.bool()
+    if bool(keep.all()):
+        return None
+    bias = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
+    return bias.masked_fill_(~keep, torch.finfo(dtype).min)[:, None, None, :]

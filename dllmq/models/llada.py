@@ -1,0 +1,265 @@
+"""LLaDA (arXiv 2502.09992), natively: a Llama-style bidirectional encoder with OLMo's names.
+
+    x += attn_out(attention(attn_norm(x)))
+    x += ff_out(silu(ff_proj(h)) * up_proj(h)),  h = ff_norm(x)
+
+No biases, no dropout, full attention, RoPE over the whole head (half-split layout). The parameter names are the
+published state dict's: `model.transformer.blocks.{i}.q_proj.weight` and so on, LM head `model.transformer.ff_out`
+(the block's down-projection is called `ff_out` too; the topology table tells them apart).
+
+Precision follows the published code in bf16: RMSNorm in fp32, cast, then times the weight in bf16; RoPE in fp32 when
+`rope_full_precision`; logits in the weights' dtype. The attention mask is key padding only and honoured (the code
+published since October 2025; older snapshots ignore it): pads get finfo.min, positions are absolute columns.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dllmq.models.attention import AttentionProduct
+from dllmq.models.base import Block, BlockContext, GroupRow, Topology, padding_bias
+
+TOPOLOGY = Topology(
+    groups=(
+        GroupRow("qkv", ("q_proj", "k_proj", "v_proj"), absorber="attn_norm", inspect="attention", clip=("v_proj",)),
+        GroupRow("attn_out", ("attn_out",), absorber="v_proj", inspect=None, clip=("attn_out",)),
+        GroupRow("gate_up", ("ff_proj", "up_proj"), absorber="ff_norm", inspect="mlp", clip=("ff_proj", "up_proj")),
+        GroupRow("down", ("ff_out",), absorber="up_proj", inspect=None, clip=("ff_out",)),
+    ),
+    product_before="attn_out",
+    head="model.transformer.ff_out",
+    embedding="model.transformer.wte",
+)
+
+# Fields of the published config.json that select code paths no published LLaDA checkpoint uses.
+_ONLY = {
+    "activation_type": ("silu",),
+    "block_type": ("llama",),
+    "layer_norm_type": ("rms",),
+    "block_group_size": (1,),
+    "alibi": (False,),
+    "rope": (True,),
+    "include_bias": (False,),
+    "include_qkv_bias": (False, None),
+    "attention_layer_norm": (False,),
+    "multi_query_attention": (False, None),
+    "input_emb_norm": (False,),
+    "scale_logits": (False,),
+}
+
+
+@dataclass(frozen=True)
+class LLaDAConfig:
+    """config.json under the published field names."""
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    mlp_hidden_size: int
+    vocab_size: int
+    mask_token_id: int
+    eos_token_id: int
+    n_kv_heads: int | None = None
+    embedding_size: int | None = None
+    pad_token_id: int | None = None
+    eot_token_id: int | None = None
+    max_sequence_length: int = 4096
+    rope_theta: float = 500000.0
+    rope_full_precision: bool = True
+    rms_norm_eps: float = 1e-5
+    weight_tying: bool = False
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> LLaDAConfig:
+        """Reads a published config.json.
+
+        Raises:
+            ValueError: a missing field, or a field whose value selects something LLaDA checkpoints do not use.
+        """
+        for name, allowed in _ONLY.items():
+            if raw.get(name, allowed[0]) not in allowed:
+                raise ValueError(
+                    f"config.json has {name} = {raw[name]!r}; LLaDA checkpoints are supported with "
+                    f"{name} = {allowed[0]!r} only."
+                )
+        known = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
+        if "mlp_hidden_size" not in known and raw.get("mlp_ratio") and "d_model" in known:
+            known["mlp_hidden_size"] = int(raw["mlp_ratio"] * known["d_model"])
+        needed = ("d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size", "mask_token_id", "eos_token_id")
+        missing = [name for name in needed if name not in known]
+        if missing:
+            raise ValueError(f"config.json lacks {', '.join(missing)}, which a LLaDA model needs.")
+        if known.get("eot_token_id") is None and known["vocab_size"] == 126464:
+            known["eot_token_id"] = 126348  # <|eot_id|> of the published tokenizer; the published config omits it
+        config = cls(**known)
+        if config.d_model % config.n_heads or config.n_heads % config.kv_heads:
+            raise ValueError(
+                f"config.json has d_model = {config.d_model}, n_heads = {config.n_heads}, n_kv_heads = "
+                f"{config.kv_heads}; heads must divide d_model and kv heads must divide heads."
+            )
+        return config
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def logit_size(self) -> int:
+        """E, the number of logit columns; ids >= vocab_size can be emitted, as in the published model."""
+        return self.embedding_size or self.vocab_size
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, d: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """sin and cos [L, head_dim] in fp32; inv_freq_i = theta^(-2i / head_dim), both halves alike."""
+    inv_freq = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), inv_freq)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.sin(), angles.cos()
+
+
+def rotate(x: Float[Tensor, "B h L c"], sin: Tensor, cos: Tensor, full_precision: bool) -> Tensor:
+    """RoPE in the half-split layout: (x1, x2) -> (x1, x2) cos + (-x2, x1) sin."""
+    y = x.float() if full_precision else x
+    sin, cos = sin.to(y.dtype), cos.to(y.dtype)
+    y1, y2 = y.chunk(2, dim=-1)
+    return (y * cos + torch.cat((-y2, y1), dim=-1) * sin).to(x.dtype)
+
+
+class LLaDABlock(Block):
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        d, f, kv = config.d_model, config.mlp_hidden_size, config.kv_heads * config.head_dim
+        self.config = config
+        self.attn_norm = RMSNorm(d, config.rms_norm_eps)
+        self.ff_norm = RMSNorm(d, config.rms_norm_eps)
+        self.q_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = nn.Linear(d, kv, bias=False)
+        self.v_proj = nn.Linear(d, kv, bias=False)
+        self.attn_out = nn.Linear(d, d, bias=False)
+        self.ff_proj = nn.Linear(d, f, bias=False)
+        self.up_proj = nn.Linear(d, f, bias=False)
+        self.ff_out = nn.Linear(f, d, bias=False)
+        self.product = AttentionProduct()
+
+    def forward(self, x: Float[Tensor, "B L d"], ctx: BlockContext) -> Float[Tensor, "B L d"]:
+        x = x + self.attention(self.attn_norm(x), ctx)
+        return x + self.mlp(self.ff_norm(x))
+
+    def project(self, h: Float[Tensor, "B L d"], ctx: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values: [B, heads, L, head_dim] each (kv heads for the last two)."""
+        Q, K, V = (self._heads(linear(h)) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        full = self.config.rope_full_precision
+        return rotate(Q, ctx.sin, ctx.cos, full), rotate(K, ctx.sin, ctx.cos, full), V
+
+    def attention(self, h: Float[Tensor, "B L d"], ctx: BlockContext) -> Float[Tensor, "B L d"]:
+        Q, K, V = self.project(h, ctx)
+        mixed = self.product(Q, K, V, ctx.bias)
+        return self.attn_out(mixed.transpose(1, 2).flatten(2))
+
+    def mlp(self, h: Float[Tensor, "B L d"]) -> Float[Tensor, "B L d"]:
+        return self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+
+    def _heads(self, x: Float[Tensor, "B L n"]) -> Float[Tensor, "B h L c"]:
+        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+
+
+class LLaDA(nn.Module):
+    """The mask predictor p(x_0 | x_t). Build from a config, or load a checkpoint with `dllmq.models.load_model`."""
+
+    topology = TOPOLOGY
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        self.config = config
+        transformer = {
+            "wte": nn.Embedding(config.logit_size, config.d_model),
+            "blocks": nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers)),
+            "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
+        }
+        if not config.weight_tying:
+            transformer["ff_out"] = nn.Linear(config.d_model, config.logit_size, bias=False)
+        self.model = nn.ModuleDict({"transformer": nn.ModuleDict(transformer)})
+
+    @property
+    def transformer(self) -> nn.ModuleDict:
+        return self.model["transformer"]  # type: ignore[return-value]
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer["blocks"]  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer["wte"].weight.device  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer["wte"].weight.dtype  # type: ignore[return-value]
+
+    def forward(
+        self, input_ids: Int[Tensor, "B L"], attention_mask: Tensor | None = None
+    ) -> Float[Tensor, "B L E"]:
+        """Raw logits at every position; `attention_mask` [B, L] is 0 at pads."""
+        return self.head(self.hidden_states(input_ids, attention_mask))
+
+    def hidden_states(
+        self, input_ids: Int[Tensor, "B L"], attention_mask: Tensor | None = None
+    ) -> Float[Tensor, "B L d"]:
+        """Output of the final norm, so that the head can run at chosen positions only."""
+        x, ctx = self.embed(input_ids), self.context(input_ids.shape[1], attention_mask)
+        for block in self.blocks:
+            x = block(x, ctx)
+        return self.final_norm(x)
+
+    def embed(self, input_ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L d"]:
+        return self.transformer["wte"](input_ids)
+
+    def final_norm(self, x: Float[Tensor, "B L d"]) -> Float[Tensor, "B L d"]:
+        return self.transformer["ln_f"](x)
+
+    def head(self, h: Float[Tensor, "... d"]) -> Float[Tensor, "... E"]:
+        weight = self.transformer["wte" if self.config.weight_tying else "ff_out"].weight
+        return F.linear(h, weight)  # type: ignore[arg-type]
+
+    def context(self, length: int, attention_mask: Tensor | None = None) -> BlockContext:
+        """What all blocks share in a forward over `length` columns."""
+        sin, cos = rope_tables(length, self.config.head_dim, self.config.rope_theta, self.device)
+        return BlockContext(padding_bias(attention_mask, self.dtype), sin, cos)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator, gain: float = 0.8) -> None:
+        """Random weights: normal of std gain / sqrt(fan_in), the two projections into the residual stream divided
+        by sqrt(2 n_layers), embeddings of std 0.5."""
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                p.fill_(1.0)
+                continue
+            std = 0.5 if name.endswith("wte.weight") else gain / math.sqrt(p.shape[1])
+            into_residual = name.endswith("attn_out.weight") or (".blocks." in name and name.endswith("ff_out.weight"))
+            p.normal_(0, std / math.sqrt(2 * self.config.n_layers) if into_residual else std, generator=generator)
+
+
+ARCHITECTURES = {"LLaDAModelLM": (LLaDAConfig, LLaDA)}

@@ -1,0 +1,159 @@
+"""From a folder in the published format, or a hub id, to a model: config.json, safetensors, no remote code.
+
+Everything that can be wrong is found from config.json and the safetensors headers, before a weight is read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+import dllmq.models as models_package
+
+_CONTENTS = "a checkpoint folder holds config.json, *.safetensors and the tokenizer's files"
+
+
+def architectures() -> dict[str, tuple[type, type]]:
+    """Name in config.json's `architectures` -> (config class, model class), from every module of dllmq.models."""
+    table: dict[str, tuple[type, type]] = {}
+    for module in pkgutil.iter_modules(models_package.__path__):
+        table |= getattr(importlib.import_module(f"dllmq.models.{module.name}"), "ARCHITECTURES", {})
+    return table
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """The local folder of a checkpoint; a hub id is downloaded to (or found in) the Hugging Face cache.
+
+    Raises:
+        ValueError: neither a folder nor a hub id that can be had.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"model path {path} is a file; {_CONTENTS}.")
+    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise ValueError(f"model path {path} does not exist; {_CONTENTS}. A hub id has the form owner/name.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ValueError(
+            f"model {path} is no local folder and could not be had from the hub ({type(error).__name__}). Give a "
+            f"folder, or check the name and the network."
+        ) from error
+
+
+def read_config(folder: Path) -> tuple[Any, type]:
+    """The typed config of a checkpoint folder and its model class, told by config.json's `architectures`."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} has no config.json; {_CONTENTS}.")
+    try:
+        raw = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}.") from error
+    table = architectures()
+    names = (raw.get("architectures") or []) if isinstance(raw, dict) else []
+    for name in names:
+        if name in table:
+            config_class, model_class = table[name]
+            return config_class.from_dict(raw), model_class
+    raise ValueError(
+        f"{file} has architectures = {names or None}; dllmq has {', '.join(sorted(table))}. The architecture is told by "
+        "this field, not by the folder's name."
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: model.safetensors, or the shards its index names.
+
+    Raises:
+        ValueError: none there, an index that is damaged, or names a missing file or one outside the folder.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{folder} has no *.safetensors file; pickled weights (.bin, .pt) are not read. {_CONTENTS}.")
+        return files
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged: no weight_map can be read from it ({error}).") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{index} names {name!r}; shards must lie in the folder itself.")
+        if not (folder / name).is_file():
+            raise ValueError(f"{index} names {name}, which is not in {folder}.")
+    return [folder / name for name in names]
+
+
+def check_tensors(files: list[Path], expected: dict[str, torch.Size]) -> dict[str, Path]:
+    """Where each tensor is, after comparing names, shapes and types with what the config implies.
+
+    Raises:
+        ValueError: an unreadable file, a tensor that is missing, extra, mis-shaped, doubled or not floating point.
+    """
+    where: dict[str, Path] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    view = tensors.get_slice(name)
+                    _check_tensor(name, view.get_shape(), view.get_dtype(), expected, file)
+                    if name in where:
+                        raise ValueError(f"tensor {name} is in both {where[name].name} and {file.name}.")
+                    where[name] = file
+        except SafetensorError as error:
+            raise ValueError(f"{file} cannot be read as safetensors, it is damaged or cut short ({error}).") from error
+    missing = sorted(expected.keys() - where.keys())
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ValueError(f"the checkpoint lacks {shown}, which its config.json implies.")
+    return where
+
+
+def _check_tensor(name: str, shape: list[int], dtype: str, expected: dict[str, torch.Size], file: Path) -> None:
+    if name not in expected:
+        raise ValueError(f"{file.name} has the tensor {name}, which its config.json does not imply.")
+    if tuple(shape) != tuple(expected[name]):
+        raise ValueError(f"{name} in {file.name} has shape {tuple(shape)}; config.json implies {tuple(expected[name])}.")
+    if dtype not in ("F32", "F16", "BF16", "F64"):
+        raise ValueError(f"{name} in {file.name} has type {dtype}; full-precision weights are F32, F16 or BF16.")
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """Loads a full-precision model for inference.
+
+    Args:
+        path: folder in the published format, or a hub id.
+        device: where the weights go.
+        dtype: of weights and computation; stored weights are cast.
+
+    Returns:
+        A `MaskPredictor` in eval mode, without gradients.
+
+    Raises:
+        ValueError: anything wrong with path, config or tensors, in one sentence.
+    """
+    folder = checkpoint_folder(path)
+    config, model_class = read_config(folder)
+    files = weight_files(folder)
+    with torch.device("meta"):
+        model = model_class(config)
+    where = check_tensors(files, {name: p.shape for name, p in model.state_dict().items()})
+    state = {}
+    for file in files:
+        with safe_open(file, framework="pt", device=str(device)) as tensors:
+            state |= {name: tensors.get_tensor(name).to(dtype) for name, at in where.items() if at == file}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,83 @@
+"""For every test: shapes are checked, caches lie in a temporary folder, no network, the same seeds."""
+
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Before anything of dllmq is imported, so that every annotation of every module is checked by beartype.
+# Programs that a test starts run without the hook, as a user's do.
+assert "dllmq" not in sys.modules, (
+    "dllmq was imported before tests/conftest.py: its shapes would go unchecked"
+)
+install_import_hook("dllmq", "beartype.beartype")
+
+# Libraries read these at import, programs that a test starts inherit them.
+_home = Path(tempfile.mkdtemp(prefix="dllmq-tests-"))
+for name, value in {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "Agg",
+    "OMP_NUM_THREADS": "2",
+}.items():
+    os.environ.setdefault(name, value)
+for name in (
+    "HF_HOME",
+    "WANDB_DIR",
+    "WANDB_CACHE_DIR",
+    "WANDB_DATA_DIR",
+    "WANDB_CONFIG_DIR",
+    "WANDB_ARTIFACT_DIR",
+):
+    os.environ[name] = str(_home / name.lower())
+    Path(os.environ[name]).mkdir()
+for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN", "WANDB_API_KEY", "WANDB_RUN_ID"):
+    os.environ.pop(name, None)
+os.environ["NETRC"] = str(_home / "netrc")  # wandb looks for a key in ~/.netrc otherwise
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+# Examples are the same in every run; a property that fails here fails everywhere.
+settings.register_profile("dllmq", derandomize=True, deadline=None)
+settings.load_profile("dllmq")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_home, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> Iterator[None]:
+    """Global generators start at 0 in every test, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A CPU generator seeded with 0."""
+    return torch.Generator().manual_seed(0)

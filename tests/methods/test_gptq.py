@@ -1,0 +1,243 @@
+"""GPTQ against OBQ as the paper defines it, and what must not change its result."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dllmq.calibration.stats import GroupStats
+from dllmq.methods import GPTQ, Method
+from dllmq.methods.gptq import gptq, gptq_solve
+from dllmq.methods.rtn import rtn
+from dllmq.models.base import LinearGroup
+from dllmq.numerics import Grid
+from dllmq.numerics.linalg import SingularHessianError, weighted_gram
+
+I = 24
+GROUP_SIZES = [-1, 0, 4, 6, 12]
+
+
+def problem(seed: int = 0, rows: int = 10) -> tuple[Tensor, Tensor, Tensor]:
+    """W, correlated inputs X and their H."""
+    rng = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(6, I, generator=rng)
+    X = torch.randn(300, 6, generator=rng) @ mixing + 0.3 * torch.randn(300, I, generator=rng)
+    X = X * torch.logspace(-0.5, 0.5, I)[torch.randperm(I, generator=rng)]
+    return torch.randn(rows, I, generator=rng), X, weighted_gram(X)
+
+
+def layer_error(W: Tensor, Q: Tensor, X: Tensor) -> float:
+    return float((X @ (Q - W).T).square().sum())
+
+
+def textbook(
+    W: Tensor, H: Tensor, grid: Grid, damp: float, act_order: bool, static: bool
+) -> tuple[Tensor, Tensor]:
+    """OBQ in a fixed order, in double precision: round a column, move the others by eq. 2, eliminate it from
+    the inverse by eq. 3. No Cholesky, no blocks; the grid is spelled out again.
+
+    Returns:
+        W_hat, and the rows that met no tie. A symmetric range's own end is one if it is negative (-max / s is
+        half-way between two codes): rounding noise decides it, and the columns behind follow.
+    """
+    W, H = W.double().clone(), H.double().clone()
+    dead = H.diagonal() == 0
+    W[:, dead] = 0
+    H[dead, dead] = H.diagonal()[~dead].mean()
+    order = torch.argsort(H.diagonal(), descending=True, stable=True) if act_order else torch.arange(I)
+    Hinv = torch.linalg.inv(H + damp * H.diagonal().mean() * torch.eye(I))
+    levels = 2**grid.bits - 1
+    half = (levels + 1) // 2
+
+    def range_to_grid(values: Tensor) -> tuple[Tensor, Tensor]:
+        if grid.group_size == 0:
+            values = values.reshape(1, -1)
+        if grid.symmetric:
+            return 2 * values.abs().amax(1) / levels, torch.zeros(())
+        low, high = values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)
+        return (high - low) / levels, torch.round(-low / ((high - low) / levels))
+
+    original, Q, sure = W.clone(), torch.empty_like(W), torch.ones(len(W), dtype=torch.bool)
+    for n, i in enumerate(order.tolist()):
+        if grid.group_size <= 0:
+            s, z = range_to_grid(original)
+        elif static:
+            first = i // grid.group_size * grid.group_size
+            s, z = range_to_grid(original[:, first : first + grid.group_size])
+        elif n % grid.group_size == 0:
+            s, z = range_to_grid(W[:, order[n : n + grid.group_size]])
+        low, high = (-half, half - 1) if grid.symmetric else (0, levels)
+        code = W[:, i] / s + z
+        sure &= ((code - code.floor() - 0.5).abs() > 1e-4) | (code > high)
+        Q[:, i] = (code.round().clamp(low, high) - z) * s
+        W -= torch.outer((W[:, i] - Q[:, i]) / Hinv[i, i], Hinv[i])
+        Hinv -= torch.outer(Hinv[:, i], Hinv[i]) / Hinv[i, i]
+        Hinv[i, i] = 1.0  # eliminated: never read again
+        W[:, i] = Q[:, i]
+    return Q.float(), sure
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("act_order", [False, True], ids=["in_order", "act_order"])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_equals_the_textbook(group_size: int, act_order: bool, static: bool, symmetric: bool) -> None:
+    """Also where groups straddle blocks: blocks of 5 meet groups of 4, 6 or 12 at most once, at column 20."""
+    W, _, H = problem(rows=40)
+    grid = Grid(3, group_size, symmetric)
+    ours = gptq(W, H, grid, block_size=5, damp=0.01, act_order=act_order, static_groups=static)
+    theirs, sure = textbook(W, H, grid, 0.01, act_order, static)
+    assert sure.sum() >= 10
+    torch.testing.assert_close(ours[sure], theirs[sure], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("act_order", [False, True], ids=["in_order", "act_order"])
+def test_block_size_changes_nothing(group_size: int, act_order: bool) -> None:
+    W, _, H = problem(1)
+    grid = Grid(4, group_size)
+    solved = [gptq_solve(W, H, grid, block, act_order=act_order) for block in (1, 5, 7, 128)]
+    for other in solved[1:]:
+        assert torch.equal(other.codes, solved[0].codes)
+        torch.testing.assert_close(other.dequantize(), solved[0].dequantize(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("group_size", [-1, 0, 4])
+def test_diagonal_hessian_is_rtn(group_size: int, act_order: bool, static: bool) -> None:
+    """Without correlations nothing is compensated. (Dynamic groups in another order are other groups.)"""
+    W, _, H = problem(2)
+    grid = Grid(3, group_size)
+    Q = gptq(W, torch.diag(H.diagonal()), grid, act_order=act_order, static_groups=static)
+    if group_size == 4 and act_order and not static:
+        assert not torch.equal(Q, rtn(W, grid))
+    else:
+        assert torch.equal(Q, rtn(W, grid))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("act_order", [False, True], ids=["in_order", "act_order"])
+def test_beats_rtn(bits: int, group_size: int, act_order: bool) -> None:
+    grid = Grid(bits, group_size)
+    for seed in range(3):
+        W, X, H = problem(seed)
+        ours = layer_error(W, gptq(W, H, grid, act_order=act_order), X)
+        assert ours < 0.9 * layer_error(W, rtn(W, grid), X)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_constant_times_the_hessian_changes_nothing(act_order: bool) -> None:
+    """With dead channels too: their stand-in is the live mean, not 1."""
+    W, X, _ = problem(3)
+    X[:, [2, 11]] = 0
+    H = weighted_gram(X)
+    for group_size in (-1, 4):
+        one, seven = (gptq_solve(W, k * H, Grid(3, group_size), act_order=act_order) for k in (1.0, 7.0))
+        assert torch.equal(one.codes, seven.codes)
+        torch.testing.assert_close(one.dequantize(), seven.dequantize(), rtol=1e-5, atol=1e-5)
+
+
+def test_dead_channels_become_zero_and_matter_no_more() -> None:
+    W, X, _ = problem(4)
+    X[:, [0, 7]] = 0
+    huge = W.clone()
+    huge[:, [0, 7]] = 1e6
+    Q = gptq(huge, weighted_gram(X), Grid(4))
+    assert not Q[:, [0, 7]].any()
+    assert torch.equal(Q, gptq(W, weighted_gram(X), Grid(4)))
+
+
+def test_weight_one_is_plain_gptq_bit_for_bit() -> None:
+    W, X, H = problem(5)
+    ones = weighted_gram(X, torch.ones(len(X)))
+    assert torch.equal(gptq(W, H, Grid(3)), gptq(W, ones, Grid(3)))
+
+
+def test_weighted_tokens_are_quantized_better() -> None:
+    """Weight 100 on half of the tokens lowers the error on that half."""
+    W, X, _ = problem(6)
+    X[150:] = X[150:].roll(5, dims=1)  # the halves must differ for a choice to exist
+    c = torch.cat([torch.full((150,), 100.0), torch.ones(150)])
+    plain, weighted = (gptq(W, weighted_gram(X, k), Grid(3)) for k in (None, c))
+    assert layer_error(W, weighted, X[:150]) < layer_error(W, plain, X[:150])
+
+
+def test_group_index_only_where_needed() -> None:
+    W, _, H = problem()
+    order = torch.argsort(H.diagonal(), descending=True, stable=True)
+    solved = gptq_solve(W, H, Grid(3, 4), act_order=True)
+    assert solved.group_index is not None
+    assert solved.group_index[order].tolist() == [i // 4 for i in range(I)]
+    assert gptq_solve(W, H, Grid(3, 4), act_order=True, static_groups=True).group_index is None
+    assert gptq_solve(W, H, Grid(3, -1), act_order=True).group_index is None
+    assert gptq_solve(W, H, Grid(3, 4)).group_index is None
+
+
+def test_arguments_are_not_changed_and_runs_repeat() -> None:
+    W, _, H = problem()
+    H[:, 3] = H[3, :] = 0
+    kept_W, kept_H = W.clone(), H.clone()
+    first = gptq(W, H, Grid(2, 4), act_order=True)
+    assert torch.equal(W, kept_W) and torch.equal(H, kept_H)
+    assert torch.equal(first, gptq(W, H, Grid(2, 4), act_order=True))
+
+
+# the method ---------------------------------------------------------------------------------------
+
+
+def group(**weights: Tensor) -> LinearGroup:
+    def inspect(*_: object) -> Tensor:
+        raise AssertionError("GPTQ looks at no output")
+
+    return LinearGroup("blocks.0.qkv", weights, can_scale=True, inspect=inspect, clip=frozenset())
+
+
+@pytest.mark.parametrize("group_size", [-1, 0, 6])
+def test_stacking_a_group_equals_one_by_one(group_size: int) -> None:
+    (q, _, H), (k, _, _) = problem(0), problem(1, rows=4)
+    grid, method = Grid(3, group_size), GPTQ(block_size=7, damp=0.02, act_order=True)
+    update = method(group(q_proj=q, k_proj=k), GroupStats(gram=H), grid)
+    for name, W in {"q_proj": q, "k_proj": k}.items():
+        alone = gptq_solve(W, H, grid, block_size=7, damp=0.02, act_order=True)
+        assert torch.equal(update.weights[name].codes, alone.codes)
+        torch.testing.assert_close(update.weights[name].dequantize(), alone.dequantize())
+    assert update.scale is None and isinstance(method, Method) and method.needs == {"gram"}
+
+
+def test_failed_cholesky_names_the_layer() -> None:
+    W, _, H = problem()
+    with pytest.raises(SingularHessianError, match=r"blocks\.0\.qkv: .*raise damp"):
+        GPTQ()(group(q_proj=W), GroupStats(gram=H - 1e3 * torch.eye(I)), Grid(4))
+
+
+def test_no_token_at_all_names_the_layer() -> None:
+    W, _, H = problem()
+    with pytest.raises(
+        SingularHessianError, match=r"blocks\.0\.qkv: no calibration token reached this layer"
+    ):
+        GPTQ()(group(q_proj=W), GroupStats(gram=torch.zeros_like(H)), Grid(4))
+
+
+def test_hessian_of_another_layer_is_refused() -> None:
+    W, _, H = problem()
+    with pytest.raises(ValueError, match=r"\[8, 8\], but a weight with 24 input channels needs \[24, 24\]"):
+        gptq(W, H[:8, :8], Grid(4))
+
+
+@pytest.mark.parametrize("knob", [{"damp": 0.0}, {"damp": -0.1}, {"damp": float("nan")}, {"block_size": 0}])
+def test_knobs_out_of_range(knob: dict[str, float]) -> None:
+    W, _, H = problem()
+    (name,) = knob
+    with pytest.raises(ValueError, match=f"{name} is .*, but it must be"):
+        GPTQ(**knob)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"{name} is .*, but it must be"):
+        gptq(W, H, Grid(4), **knob)  # type: ignore[arg-type]
+
+
+def test_nan_weight_is_named() -> None:
+    W, _, H = problem()
+    broken = W.clone()
+    broken[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"blocks\.0\.qkv\.k_proj: the weight holds NaN or Inf"):
+        GPTQ()(group(q_proj=W, k_proj=broken), GroupStats(gram=H), Grid(4))
