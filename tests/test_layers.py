@@ -27,6 +27,7 @@ LAYERS = [
     "evaluation",
     "report",
     "config",
+    "cell",
 ]
 ENTRY_POINTS = {"run", "bench", "generate", "status"}  # the last layer; they do not import each other
 RANK = {name: rank for rank, name in enumerate(LAYERS)} | dict.fromkeys(ENTRY_POINTS, len(LAYERS))

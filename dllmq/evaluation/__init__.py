@@ -1,10 +1,11 @@
-"""Measuring a model: scores of tasks through lm-eval, their statistics, and the sandbox that runs generated programs.
+"""Measuring a model: task scores through lm-eval, statistics, and the sandbox that runs generated programs.
 
 settings.py       EvalSettings: how a model answers
 tasks.py          which tasks there are, what is checked before weights are read, evaluate()
 harness.py        DiffusionLM, the model as lm-eval sees it (imports lm-eval: seconds)
 code_scoring.py   responses to code tasks -> programs -> pass@1
 sandbox.py        runs one program in a process of its own
+fidelity.py       KL divergence and top-1 agreement on held-out full-precision states
 statistics.py     means, paired differences, standard errors
 task_configs/     one lm-eval YAML a task
 """

@@ -1,7 +1,7 @@
 """pass@1 of HumanEval's kind: prompt + response + test + check(entry_point), run in the sandbox.
 
-The two functions that task YAMLs name. lm-eval's own humaneval needs `code_eval` from a hub at import, and takes a
-return code for a verdict; this scorer needs neither.
+The two functions that task YAMLs name. lm-eval's own humaneval needs `code_eval` from a hub at import, and
+trusts a program that ends; this scorer does neither.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,24 +1,24 @@
 """DiffusionLM: a mask predictor as lm-eval sees it.
 
-Generation denoises with the one loop of diffusion/, so gen_length, steps, temperature and guidance come from the
-settings. Of a request's own arguments only `until` is honoured; `max_gen_toks`, `temperature` and `do_sample` are
-not (asking for sampling while the sampler is greedy warns once).
+Generation denoises with the one loop of diffusion/, so gen_length, steps, temperature and guidance come from
+the settings. Of a request's own arguments only `until` is honoured; `max_gen_toks`, `temperature` and
+`do_sample` are not (asking for sampling while the sampler is greedy warns once).
 
 Batches are a function of the requests alone: prompts are sorted by length, then by their tokens, and cut into
-batches of a fixed size, longest first; within a batch they are padded on the left. Answers come back in the order
-of the requests, and shuffled requests give the same answers.
+batches of a fixed size, longest first; within a batch they are padded on the left. Answers come back in the
+order of the requests, and shuffled requests give the same answers.
 
-An answer's text follows ML-GSAI/LLaDA `eval_llada.py`: decode with special tokens, cut at each stop string in turn,
-tokenize again and decode without special tokens. There is no cut at EOS in it (eos_cut="none"); under
-eos_cut="first" the tokens from the first EOS or EoT on are dropped before. Nothing adds BOS: prompts are tokenized
-as they are, a chat template brings its own.
+An answer's text follows ML-GSAI/LLaDA `eval_llada.py`: decode with special tokens, cut at each stop string in
+turn, tokenize again and decode without special tokens. There is no cut at EOS in it (eos_cut="none"); under
+eos_cut="first" the tokens from the first EOS or EoT on are dropped before. Nothing adds BOS: prompts are
+tokenized as they are, a chat template brings its own.
 """
 
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
 
@@ -106,7 +107,7 @@ class DiffusionLM(LM):
     """lm-eval's `LM` over a mask predictor.
 
     Args:
-        model: any MaskPredictor, with max_sequence_length in its config unless the settings have a max_length.
+        model: any MaskPredictor; its config has max_sequence_length, or the settings a max_length.
         tokenizer: a Hugging Face tokenizer.
         settings: how it answers.
         progress: called with (done, total, what) after each denoising step, or finished likelihood.
@@ -194,9 +195,9 @@ class DiffusionLM(LM):
         limit = self.max_length
         if limit is not None and prompt + rest > limit:
             raise ValueError(
-                f"Problem {request.doc_id} of {request.task_name or 'the task'}: its prompt has {prompt} tokens, "
-                f"and with {name} = {rest} that is more than the maximum length {limit}. Lower {name}, or use "
-                "fewer examples in the prompt."
+                f"Problem {request.doc_id} of {request.task_name or 'the task'}: its prompt has {prompt} "
+                f"tokens and {name} is {rest}, together more than the maximum length {limit}. Use fewer "
+                "examples in the prompt, or lower gen_length."
             )
 
     # --- likelihood
@@ -204,15 +205,15 @@ class DiffusionLM(LM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """The Monte-Carlo lower bound of log p(continuation | context) in nats, and whether it is greedy.
 
-        A value depends on its request and the seed, not on the other requests, up to rounding. The second part
-        is False unless settings.greedy_check.
+        A value depends on its request and the seed, not on the other requests, up to rounding. The second
+        part is False unless settings.greedy_check.
 
         Raises:
             ValueError: a request exceeds the maximum length, or its continuation has no tokens.
         """
         pairs = [self.encode_pair(*request.args[:2]) for request in requests]
         for request, (prompt, answer) in zip(requests, pairs, strict=True):
-            self._check_length(request, len(prompt), len(answer), "the continuation's length")
+            self._check_length(request, len(prompt), len(answer), "its continuation's length")
         order = sorted(range(len(pairs)), key=lambda i: (-sum(map(len, pairs[i])), pairs[i], i))
         tensors = [(_ids(pairs[i][0]), _ids(pairs[i][1])) for i in order]
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
@@ -239,16 +240,17 @@ class DiffusionLM(LM):
         )
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of both; white space at the context's end goes to the continuation, which is then what is left
-        of the tokens of the whole text."""
+        """Tokens of both. White space at the context's end goes to the continuation, whose tokens are those
+        of the whole text without the context's."""
         bare = context.rstrip()
         prompt = self.encode(bare)
         return prompt, self.encode(context + continuation)[len(prompt) :]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         raise ValueError(
-            "Rolling log-likelihood (perplexity of a text) is not defined for masked diffusion LMs: they have no "
-            "left-to-right factorization. Use a task with contexts and continuations, or one that generates."
+            "Rolling log-likelihood (perplexity of a text) is not defined for masked diffusion LMs: they "
+            "have no left-to-right factorization. Use a task with contexts and continuations, or one that "
+            "generates."
         )
 
     # --- chat
@@ -282,8 +284,8 @@ class DiffusionLM(LM):
             templates = templates.get(name if isinstance(name, str) else "default")
         if not isinstance(templates, str):
             raise ValueError(
-                "The tokenizer has no such chat template: set chat_template=false, or use the tokenizer of an "
-                "instruct checkpoint."
+                "The tokenizer has no such chat template: set chat_template=false, or use the tokenizer of "
+                "an instruct checkpoint."
             )
         return templates
 

@@ -1,13 +1,14 @@
 """Runs one untrusted program in a process of its own and says whether it ran to its end.
 
-The program counts as passed only if it gets past its last statement: then the runner asks, on a private channel,
-for a nonce that did not exist before, and gives it back. A return code of 0 or printed text count for nothing, so
-`sys.exit(0)`, `os._exit(0)` and fake verdicts fail.
+The program counts as passed only if it gets past its last statement: then the runner asks, on a private
+channel, for a nonce that did not exist before, and gives it back. A return code of 0 or printed text count
+for nothing, so `sys.exit(0)`, `os._exit(0)` and fake verdicts fail.
 
-What holds: own session (killed as a group), CPU, address space, file size, descriptors, processes and core dumps
-limited, no environment, no standard input or output, a temporary working directory, a wall clock. What does not:
-the network and the readable file system are open, RLIMIT_NPROC does not bind root, and a program written against
-this very runner could answer for it. So it is for what a language model writes by accident, behind an opt-in.
+What holds: own session (killed as a group), CPU, address space, file size, descriptors, processes and core
+dumps limited, no environment, no standard input or output, a temporary working directory, a wall clock. What
+does not: the network and the readable file system are open, RLIMIT_NPROC does not bind root, and a program
+written against this very runner could answer for it. So it is for what a language model writes by accident,
+behind an opt-in.
 """
 
 import secrets
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 from os import killpg
@@ -27,9 +29,9 @@ from typing import Literal
 TIMEOUT_S, MEMORY_BYTES, FILE_BYTES, OPEN_FILES = 3.0, 512 * 2**20, 2**20, 64
 _READY, _NONCE_BYTES, _REPORT_BYTES = b"done\n", 16, 1024
 
-# Runs in the child before the program: limits are set here, not in preexec_fn, which may deadlock under threads.
-# Messages on the channel: the program's length and text; then "done", answered by the nonce, which is echoed; or a
-# line that says why the program ended early.
+# Runs in the child before the program: limits are set here, not in preexec_fn, which may deadlock under
+# threads. Messages on the channel: the program's length and text; then "done", answered by the nonce, which
+# is echoed; or a line that says why the program ended early.
 _RUNNER = f"""
 import os, resource, sys
 
@@ -118,7 +120,7 @@ def run_programs(
 
 @dataclass(frozen=True)
 class _Channel:
-    """A socket with a deadline; both calls raise TimeoutError after it, and neither minds a closed other end."""
+    """A socket with a deadline, after which both calls raise TimeoutError. A closed other end is no error."""
 
     socket: socket.socket
     deadline: float  # on the monotonic clock
@@ -128,10 +130,8 @@ class _Channel:
 
     def send(self, data: bytes) -> None:
         self.socket.settimeout(self.left())
-        try:
+        with suppress(ConnectionError):  # what the other end said before it closed can still be read
             self.socket.sendall(data)
-        except ConnectionError:
-            pass  # what the other end said before it closed can still be read
 
     def receive(self, end: bytes, limit: int) -> bytes:
         """Reads up to `end`, `limit` bytes or the other end's close, whichever comes first."""
@@ -149,8 +149,8 @@ class _Channel:
 
 
 def _start(channel: int, cpu_s: int, memory_bytes: int, folder: str) -> subprocess.Popen[bytes]:
-    # -P -s -S and an environment of our own isolate as -I -S does, but strings hash alike in every run: a program
-    # that depends on the order of a set gets the same verdict twice.
+    # -P -s -S and an environment of our own isolate as -I -S does, but strings hash alike in every run: a
+    # program that depends on the order of a set gets the same verdict twice.
     command = [
         sys.executable,
         "-P",
@@ -207,8 +207,6 @@ def _ended_early(process: subprocess.Popen[bytes], channel: _Channel) -> Outcome
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """Kills the program and what it started, as far as that stayed in its session."""
-    try:
+    with suppress(ProcessLookupError, PermissionError):  # nothing left, or (macOS) only zombies
         killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass  # nothing left, or (macOS) only zombies
     process.wait()

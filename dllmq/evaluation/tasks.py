@@ -1,12 +1,12 @@
 """Tasks: which there are, what can be refused before weights are read, and evaluate().
 
 A task is one lm-eval YAML in task_configs/. Its `metadata.dllmq` holds test_size (how many problems there are
-without a limit) and the settings the task is meant for. lm-eval is imported in the functions that need it, so names
-are checked within milliseconds.
+without a limit) and the settings the task is meant for. lm-eval is imported in the functions that need it, so
+names are checked within milliseconds.
 
-lm-eval builds the prompts, filters the answers and applies the metrics (`simple_evaluate`), one task at a time: a
-task's batches, and with them its numbers, do not depend on the tasks beside it. Means and standard errors are our
-own, from its per-problem values.
+lm-eval builds the prompts, filters the answers and applies the metrics (`simple_evaluate`), one task at a
+time: a task's batches, and with them its numbers, do not depend on the tasks beside it. Means and standard
+errors are our own, from its per-problem values.
 """
 
 import difflib
@@ -30,6 +30,7 @@ from dllmq.mini.tasks import problems, write_jsonl
 log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent / "task_configs"
 Progress = Callable[[int, int, str], None]
+Number = int | float
 
 
 class _Loader(yaml.SafeLoader):
@@ -87,8 +88,8 @@ def check_code_execution(names: Sequence[str], allowed: bool) -> None:
     unsafe = [name for name in names if runs_code(name)]
     if unsafe and not allowed:
         raise ValueError(
-            f"Scoring {', '.join(unsafe)} runs programs that the model wrote, in a subprocess with limits but on "
-            "this machine: allow it with eval.allow_code_execution=true, or leave the task out."
+            f"Scoring {', '.join(unsafe)} runs programs that the model wrote, in a subprocess with limits "
+            "but on this machine: allow it with eval.allow_code_execution=true, or leave the task out."
         )
 
 
@@ -131,14 +132,14 @@ class EvalResult:
             comma where a task has several: "exact_match,strict-match", "pass@1", "acc". stderr is that of the
             mean, NaN for one problem.
         per_problem: {metric: one value per problem, in the order of the problems}.
-        samples: per problem doc_id, id, prompt, target, response, what the filters made of it, and its metrics.
+        samples: per problem doc_id, id, prompt, target, response, what the filters made of it, and metrics.
         counters: requests, forwards, generated_tokens, truncated (see harness.Counters) and seconds.
     """
 
-    scores: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    scores: dict[str, dict[str, dict[str, Number]]] = field(default_factory=dict)
     per_problem: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    counters: dict[str, dict[str, float]] = field(default_factory=dict)
+    counters: dict[str, dict[str, Number]] = field(default_factory=dict)
 
     def __or__(self, other: "EvalResult") -> "EvalResult":
         """Both results' tasks; `other` wins where both have one."""
@@ -193,9 +194,9 @@ def score_task(lm: Any, name: str, n: int | None, work_dir: Path, chat_template:
         name, n, work_dir: as in build_task_configs.
         chat_template: apply lm's chat template to the prompts.
     """
-    start = time.perf_counter()
     (config,) = build_task_configs([name], n, work_dir)
     with _quiet_lm_eval() as lm_eval:
+        start = time.perf_counter()  # after the import, which the first task would be charged with
         output = lm_eval.simple_evaluate(
             model=lm,
             tasks=[config],
@@ -221,7 +222,7 @@ def _named(progress: Progress | None, name: str) -> Progress | None:
     return lambda done, total, what: progress(done, total, f"{name}: {what}")
 
 
-def _read_samples(name: str, samples: list[dict[str, Any]], counters: dict[str, float]) -> EvalResult:
+def _read_samples(name: str, samples: list[dict[str, Any]], counters: dict[str, Number]) -> EvalResult:
     """lm-eval's samples, one per problem and filter, as one record per problem."""
     several = len({sample["filter"] for sample in samples}) > 1
     records: dict[int, dict[str, Any]] = {}
@@ -269,7 +270,7 @@ def _log_scores(name: str, result: EvalResult) -> None:
 
 @contextmanager
 def _quiet_lm_eval() -> Iterator[Any]:
-    """lm_eval without its log, its bars, and its report of the machine, which takes seconds; records have theirs."""
+    """lm_eval without its log, its bars, and its report of the machine, which takes seconds."""
     import datasets
     import lm_eval.api.task
     import lm_eval.evaluator

@@ -1,0 +1,45 @@
+"""Calibration prompts: texts to token ids, and texts from a user's own JSONL file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FIELDS = ("prompt", "question", "text")
+
+
+def read_prompts(path: Path, count: int) -> list[str]:
+    """The first `count` prompts of a JSONL file, from the field "prompt", "question" or "text" of each line.
+
+    Raises:
+        ValueError: a line that is no JSON object with such a field, or too few lines.
+    """
+    texts: list[str] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            doc = json.loads(line)
+            text = next(doc[f] for f in FIELDS if isinstance(doc.get(f), str))
+        except (json.JSONDecodeError, AttributeError, StopIteration) as error:
+            raise ValueError(f"{path}, line {number}: need a JSON object with one of {', '.join(FIELDS)}.") from error
+        texts.append(text)
+        if len(texts) == count:
+            return texts
+    raise ValueError(
+        f"{path} has {len(texts)} prompts, but {count} are needed (calibration.num_prompts + eval.fidelity_prompts)."
+    )
+
+
+def encode_prompts(texts: list[str], tokenizer: Any, chat_template: bool) -> list[Tensor]:
+    """Token ids [P] of each text, in the chat layout if asked for, without special tokens added."""
+    if chat_template:
+        texts = [
+            tokenizer.apply_chat_template([{"role": "user", "content": t}], tokenize=False, add_generation_prompt=True)
+            for t in texts
+        ]
+    return [torch.tensor(tokenizer(t, add_special_tokens=False)["input_ids"], dtype=torch.long) for t in texts]

@@ -1,0 +1,367 @@
+"""One cell of a sweep: full precision's share of the work (once a sweep), quantize, measure, record.
+
+A sweep folder holds <cell>/results.json, baseline.json (full precision's record) and .shared/ (full precision's
+trajectories and predictions, named after the fingerprint of what made them).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllmq import __version__
+from dllmq.calibration.prompts import encode_prompts, read_prompts
+from dllmq.calibration.states import Trajectory, record_trajectories
+from dllmq.config import Plan, RunConfig, build, fingerprint
+from dllmq.evaluation import fidelity
+from dllmq.evaluation.settings import EvalSettings
+from dllmq.evaluation.tasks import EvalResult, evaluate
+from dllmq.methods import FP
+from dllmq.mini.tasks import problems
+from dllmq.models.loading import checkpoint_folder, load_model
+from dllmq.models.tokenizer import load_tokenizer
+from dllmq.pipeline import QuantizationReport, quantize, weight_bytes
+from dllmq.report.results import (
+    BASELINE,
+    RESULTS,
+    STATUS,
+    RunRecord,
+    load_record,
+    write_json_atomic,
+    write_text_atomic,
+)
+from dllmq.report.tracker import TrackedRun
+
+log = logging.getLogger(__name__)
+Progress = Callable[[int, int, str], None]
+
+
+class Stages:
+    """Seconds and peak memory of each stage, for the record."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.cost: dict[str, float | int | None] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        reset_peak_memory(self.device)
+        start = time.perf_counter()
+        yield
+        self.cost[f"{name}_s"] = self.cost.get(f"{name}_s", 0.0) + time.perf_counter() - start  # type: ignore[operator]
+        peak = peak_memory(self.device)
+        self.cost[f"{name}_peak_bytes"] = peak
+        self.cost["peak_memory_bytes"] = max(peak, self.cost.get("peak_memory_bytes", 0) or 0)
+
+
+def reset_peak_memory(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # elsewhere the peak is the process's own
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: of the GPU's allocator, or the process's peak resident set since the last reset."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    except (OSError, StopIteration):
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class Cell:
+    """A checked plan, ready to run in its folder."""
+
+    def __init__(self, plan: Plan, folder: Path, sweep: Path, name: str, command: str, progress: Progress) -> None:
+        self.plan, self.config = plan, plan.config
+        self.folder, self.sweep, self.name, self.command = folder, sweep, name, command
+        self.progress = progress
+        self.stages = Stages(plan.device)
+        self.key = fingerprint(self.config, plan.device)
+        self.fp_key = fingerprint(_reference_config(self.config), plan.device)
+
+    def run(self) -> RunRecord:
+        """Quantizes and measures, unless the folder has this fingerprint's results already."""
+        done = self._finished()
+        if done is not None:
+            return done
+        tracker = build("tracker", self.config.tracker)
+        tracker.start(TrackedRun(self.name, self.folder, self.config.plain(), self.config.axes(), self.sweep.name))
+        try:
+            record = self._compute()
+            write_json_atomic(self.folder / RESULTS, record)
+        except BaseException:
+            tracker.finish()
+            raise
+        (self.folder / STATUS).unlink(missing_ok=True)
+        tracker.log_curves(record.curves)
+        tracker.finish(record, self.folder / RESULTS)
+        return record
+
+    def _finished(self) -> RunRecord | None:
+        file = self.folder / RESULTS
+        if not self.config.resume or not file.is_file():
+            return None
+        try:
+            record = load_record(file)
+        except ValueError as error:
+            log.warning("%s: not readable (%s); the cell is run again", file, error)
+            return None
+        if record.fingerprint == self.key:
+            log.info("%s: finished already, with the same fingerprint", self.name)
+            return record
+        log.info("%s: has results of another configuration, code or machine (%s); it is run again", self.name,
+                 _difference(record.config, self.config.plain()))  # fmt: skip
+        return None
+
+    def _compute(self) -> RunRecord:
+        config, stages = self.config, self.stages
+        with stages("load"):
+            model, tokenizer = self._load()
+        baseline = self._baseline(model, tokenizer)
+        if isinstance(self.plan.recipe.method, FP):
+            return replace(baseline, axes=config.axes(), run_name=self.name, config=config.plain(),
+                           fingerprint=self.key, command=self.command)  # fmt: skip
+        with stages("trajectories"):
+            prompts = self._prompts(tokenizer, held_out=False)
+            trajectories = self._trajectories(model, prompts, "calibration")
+            reference = self._reference(model, tokenizer)
+        report = quantize(model, prompts, self.plan.recipe, trajectories, self.progress)
+        stages.cost |= report.seconds
+        inert = self.plan.recipe.inert()
+        for line in inert:
+            log.warning("no effect: %s", line)
+        return self._measure(model, tokenizer, reference, report, inert)
+
+    def _load(self) -> tuple[Any, Any]:
+        config = self.config
+        auto = "float32" if config.embedded else "bfloat16"
+        dtype = getattr(torch, auto if config.model.dtype == "auto" else config.model.dtype)
+        folder = checkpoint_folder(config.model_path)
+        return load_model(folder, self.plan.device, dtype), load_tokenizer(folder)
+
+    def _baseline(self, model: Any, tokenizer: Any) -> RunRecord:
+        """Full precision's record, measured by the first cell of a sweep and read by the others."""
+        file = self.sweep / BASELINE
+        if file.is_file():
+            try:
+                record = load_record(file)
+                if record.fingerprint == self.fp_key:
+                    return record
+            except ValueError as error:
+                log.warning("%s: not readable (%s); full precision is measured again", file, error)
+        log.info("full precision: measured once for the sweep")
+        stages, self.stages = self.stages, Stages(self.plan.device)
+        report = QuantizationReport(0.0, weight_bytes(model), {})
+        record = self._measure(model, tokenizer, None, report, [])
+        record = replace(record, run_name="full precision", fingerprint=self.fp_key,
+                         axes=_reference_config(self.config).axes())  # fmt: skip
+        self.stages = stages
+        write_json_atomic(file, record)
+        return record
+
+    def _prompts(self, tokenizer: Any, held_out: bool) -> list[Tensor]:
+        config = self.config
+        own, other = config.calibration.num_prompts, config.eval.fidelity_prompts
+        count = other if held_out else own
+        if config.calibration.data is not None:
+            texts = read_prompts(Path(config.calibration.data), own + other)
+            return encode_prompts(texts[own:] if held_out else texts[:own], tokenizer, config.model.chat_template)
+        split, seed = ("dev", 0) if held_out else ("train", config.seed)
+        words = problems("mini_gsm", split, count, seed)
+        code = problems("mini_code", split, count, seed)
+        both = [
+            f"Question: {words[i // 2]['question']}\nAnswer:" if i % 2 == 0 else code[i // 2]["prompt"] for i in range(count)
+        ]
+        return encode_prompts(both, tokenizer, config.model.chat_template)
+
+    def _shared(self, kind: str) -> Path:
+        return self.sweep / ".shared" / f"{kind}-{self.fp_key[:16]}.safetensors"
+
+    def _trajectories(self, model: Any, prompts: list[Tensor], kind: str) -> list[Trajectory]:
+        file = self._shared(f"{kind}-{self.config.seed}")
+        sampler, steps = self.plan.recipe.sampler, self.plan.recipe.sampler.steps
+        if file.is_file():
+            return read_trajectories(file, steps)
+        seed = self.config.seed
+        found = record_trajectories(
+            model, prompts, sampler, self.config.calibration.batch_size, seed, self.plan.recipe.observe, self.progress
+        )
+        write_trajectories(found, file)
+        return found
+
+    def _reference(self, model: Any, tokenizer: Any) -> fidelity.FidelityReference | None:
+        """Full precision's predictions on held-out states."""
+        config = self.config
+        if config.eval.fidelity_states == 0:
+            return None
+        file = self._shared("reference")
+        if file.is_file():
+            return fidelity.load_reference(file)
+        held_out = self._prompts(tokenizer, held_out=True)
+        sampler = self.plan.recipe.sampler
+        batch = config.calibration.batch_size
+        trajectories = record_trajectories(model, held_out, sampler, batch, 0, "committable", self.progress)
+        most = None if model.config.logit_size <= 4096 else 16
+        found = fidelity.reference(model, trajectories, config.eval.fidelity_states, batch, 0, most)
+        fidelity.save_reference(found, file)
+        return found
+
+    def _measure(
+        self,
+        model: Any,
+        tokenizer: Any,
+        reference: fidelity.FidelityReference | None,
+        report: QuantizationReport,
+        inert: list[str],
+    ) -> RunRecord:
+        config = self.config
+        with self.stages("evaluate"):
+            result = evaluate(
+                model, tokenizer, config.tasks.names, eval_settings(config, self.plan), config.eval.limit,
+                config.eval.allow_code_execution, self.sweep / ".shared" / "tasks", self.progress,
+            )  # fmt: skip
+        found = fidelity.Fidelity({}, {})
+        if reference is not None:
+            with self.stages("fidelity"):
+                found = fidelity.measure(model, reference, self.progress)
+            log.info("fidelity: KL %.4f, top-1 %.4f (n=%d states)", found.values["kl"]["value"],
+                     found.values["top1"]["value"], found.values["kl"]["n"])  # fmt: skip
+        self._write_samples(result)
+        return RunRecord(
+            config=config.plain(),
+            run_name=self.name,
+            scores=result.scores,
+            fidelity=found.values,
+            curves=found.curves,
+            cost=self.stages.cost
+            | _generation_cost(result)
+            | {"quantized_share": report.quantized_share, "weight_bytes": report.weight_bytes},
+            inert=inert,
+            versions=_versions(),
+            git=_git(),
+            device=_device(self.plan.device),
+            seed=config.seed,
+            axes=config.axes(),
+            command=self.command,
+            status="finished",
+            fingerprint=self.key,
+            per_problem=result.per_problem,
+            calibration=report.states,
+            notes={"method": report.notes, "backend": "fake", "counters": result.counters},
+        )
+
+    def _write_samples(self, result: EvalResult) -> None:
+        for task, samples in result.samples.items():
+            lines = "".join(json.dumps(sample, default=str) + "\n" for sample in samples)
+            write_text_atomic(self.folder / f"samples_{task}.jsonl", lines)
+
+
+def eval_settings(config: RunConfig, plan: Plan) -> EvalSettings:
+    """How the tasks are answered."""
+    return EvalSettings(
+        sampler=plan.recipe.sampler,
+        batch_size=config.eval.batch_size,
+        eos_cut=config.eval.eos_cut,
+        mc_num=config.mc_num(),
+        mc_batch_size=config.eval.mc_batch_size,
+        chat_template=config.model.chat_template,
+    )
+
+
+def _reference_config(config: RunConfig) -> RunConfig:
+    """What full precision's numbers depend on: everything that only concerns quantization at its default."""
+    plain = RunConfig()
+    return replace(
+        config.full_precision(),
+        group_size=plain.group_size, act_group_size=plain.act_group_size, symmetric=plain.symmetric,
+        act_symmetric=plain.act_symmetric, attn_bits=plain.attn_bits, value_granularity=plain.value_granularity,
+        seed=0, calibration=replace(config.calibration, states="clean", num_states=128, shares=[]),
+    )  # fmt: skip
+
+
+def write_trajectories(trajectories: list[Trajectory], path: Path) -> None:
+    """Saves trajectories as safetensors, whole or not at all."""
+    names = ("tokens", "masked", "score", "committed", "step", "final")
+    tensors = {f"{i}.{n}": getattr(t, n).contiguous().clone() for i, t in enumerate(trajectories) for n in names}
+    tensors |= {f"{i}.prompt_length": torch.tensor(t.prompt_length) for i, t in enumerate(trajectories)}
+    fidelity.write_tensors(tensors, path)
+
+
+def read_trajectories(path: Path, num_steps: int) -> list[Trajectory]:
+    tensors = fidelity.read_tensors(path)
+    names = ("tokens", "masked", "score", "committed", "step", "final")
+    count = 1 + max(int(name.split(".")[0]) for name in tensors)
+    return [
+        Trajectory(*(tensors[f"{i}.{n}"] for n in names), int(tensors[f"{i}.prompt_length"]), num_steps)
+        for i in range(count)
+    ]
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+    """The keys in which two configs differ, "code, machine or data" where none does."""
+    keys = []
+    for key in old.keys() | new.keys():
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            inner = _difference(a, b, f"{prefix}{key}.")
+            keys += [] if inner == "code, machine or data" else inner.split(", ")
+        elif a != b:
+            keys.append(f"{prefix}{key}")
+    return ", ".join(sorted(keys)) or "code, machine or data"
+
+
+def _generation_cost(result: EvalResult) -> dict[str, float | int | None]:
+    """Forwards and generated tokens per second over the tasks that generate."""
+    generating = [c for c in result.counters.values() if c.get("generated_tokens")]
+    seconds = sum(c["seconds"] for c in generating)
+    tokens = sum(c["generated_tokens"] for c in generating)
+    return {
+        "forwards": int(sum(c.get("forwards", 0) for c in result.counters.values())),
+        "tokens_per_second": tokens / seconds if seconds else None,
+        "truncated": int(sum(c.get("truncated", 0) for c in generating)),
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "lm-eval", "datasets", "hydra-core", "wandb", "numpy")
+    return {"dllmq": __version__, "python": platform.python_version()} | {n: version(n) for n in names}
+
+
+def _git() -> dict[str, Any]:
+    here = Path(__file__).parent
+
+    def ask(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if ask("ls-files", "--error-unmatch", __file__):
+            return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "--", str(here)))}
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    return {}
+
+
+def _device(device: str) -> dict[str, Any]:
+    if device.startswith("cuda"):
+        return {"type": "cuda", "name": torch.cuda.get_device_name(device)}
+    return {"type": "cpu", "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}

@@ -1,0 +1,420 @@
+"""From the composed YAML to typed values; the only place that reads the switches.
+
+`load(cfg)` refuses unknown keys (also those added with +key=) and wrong types, then `RunConfig.recipe()` turns the
+booleans into values for the pipeline's slots. `check_cell` does everything that can fail before weights are read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dllmq.calibration.states import CleanText, RandomMask, StateSampler, UniformTrajectory
+from dllmq.calibration.values import MinMax
+from dllmq.diffusion import SamplerConfig
+from dllmq.numerics import Grid
+from dllmq.recipe import AttentionGrids, Bits, Recipe
+from dllmq.techniques.tmas import TMAS
+
+EMBEDDED = Path(__file__).parent / "mini" / "weights"
+STATES: dict[str, type] = {"clean": CleanText, "random_mask": RandomMask, "uniform": UniformTrajectory}
+
+
+@dataclass
+class ModelSamplerFields:
+    gen_length: int = 48
+    steps: int = 48
+    block_length: int = 16
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
+
+
+@dataclass
+class ModelFields:
+    name: str = "mini"
+    path: str | None = None
+    dtype: str = "auto"
+    default_bits: str = "w4a4"
+    chat_template: bool = False
+    sampler: ModelSamplerFields = field(default_factory=ModelSamplerFields)
+
+
+@dataclass
+class CalibrationFields:
+    states: str = "clean"
+    num_states: int = 128
+    num_prompts: int = 64
+    batch_size: int = 16
+    data: str | None = None
+    shares: list[float] = field(default_factory=lambda: [0.3, 0.2, 0.2, 0.3])
+
+
+@dataclass
+class SamplerFields:
+    gen_length: int = 48
+    steps: int = 48
+    block_length: int = 16
+    temperature: float = 0.0
+    cfg_scale: float = 0.0
+    remasking: str = "low_confidence"
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
+
+
+@dataclass
+class TaskFields:
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass
+class EvalFields:
+    limit: int | None = 200
+    batch_size: int = 25
+    eos_cut: str = "first"
+    mc_num: str = "auto"
+    mc_batch_size: int = 8
+    allow_code_execution: bool = False
+    fidelity_states: int = 400
+    fidelity_prompts: int = 32
+
+
+@dataclass
+class RunConfig:
+    """A run. Fields are the keys of conf/config.yaml, where each is explained with its allowed values."""
+
+    model: ModelFields = field(default_factory=ModelFields)
+    method: dict[str, Any] = field(default_factory=dict)
+    calibration: CalibrationFields = field(default_factory=CalibrationFields)
+    sampler: SamplerFields = field(default_factory=SamplerFields)
+    tasks: TaskFields = field(default_factory=TaskFields)
+    eval: EvalFields = field(default_factory=EvalFields)
+    tracker: dict[str, Any] = field(default_factory=dict)
+    tmas: bool = False
+    bits: str = "auto"
+    group_size: int = -1
+    act_group_size: int = -1
+    symmetric: bool = False
+    act_symmetric: bool = False
+    attn_bits: str = "auto"
+    value_granularity: str = "head"
+    device: str = "auto"
+    threads: int | None = None
+    seed: int = 0
+    resume: bool = True
+    name: str | None = None
+    dry_run: bool = False
+
+    @property
+    def embedded(self) -> bool:
+        return self.model.path is None
+
+    @property
+    def model_path(self) -> str:
+        return str(EMBEDDED) if self.model.path is None else self.model.path
+
+    def widths(self) -> Bits:
+        """`bits`, with auto resolved: the preset's width; w4a4 for a checkpoint put in the embedded model's place."""
+        if self.bits != "auto":
+            return Bits.parse(self.bits)
+        own_checkpoint = self.model.name == "mini" and not self.embedded
+        return Bits.parse("w4a4" if own_checkpoint else self.model.default_bits)
+
+    def mc_num(self) -> int:
+        """Monte-Carlo samples of a likelihood."""
+        if self.eval.mc_num == "auto":
+            return 8 if self.embedded else 128
+        if not str(self.eval.mc_num).isdigit():
+            raise ValueError(f"eval.mc_num={self.eval.mc_num} is not known; it is auto or a positive integer.")
+        return int(self.eval.mc_num)
+
+    def sampler_config(self) -> SamplerConfig:
+        return SamplerConfig(**vars(self.sampler))
+
+    def states(self) -> StateSampler:
+        """The technique's sampler, or the off-state that `calibration.states` names."""
+        if self.tmas:
+            return TMAS(tuple(self.calibration.shares))
+        return choose("calibration.states", self.calibration.states, STATES)()
+
+    def recipe(self) -> Recipe:
+        """The values of the pipeline's slots."""
+        bits = self.widths()
+        inputs = None if bits.activation == 16 else Grid(bits.activation, self.act_group_size, self.act_symmetric)
+        choose("value_granularity", self.value_granularity, {"tensor": 0, "head": 0, "channel": 0})
+        return Recipe(
+            method=build("method", self.method),
+            weights=Grid(bits.weight, self.group_size, self.symmetric),
+            inputs=inputs,
+            attention=AttentionGrids.parse(self.attn_bits, bits.activation),
+            states=self.states(),
+            value_scale=partial(MinMax, granularity=self.value_granularity),
+            num_states=self.calibration.num_states,
+            batch_size=self.calibration.batch_size,
+            sampler=self.sampler_config(),
+            seed=self.seed,
+        )
+
+    def axes(self) -> dict[str, Any]:
+        """What tells the cells of a sweep apart."""
+        method = str(self.method.get("_target_", "")).rpartition(".")[2].lower()
+        solver = self.method.get("solver", "rtn")
+        named = method if solver == "rtn" else f"{method}+{solver}"
+        return {
+            "model": self.model.name if self.model.path is None else f"{self.model.name}:{Path(self.model.path).name}",
+            "method": named,
+            "bits": "w16a16" if method == "fp" else str(self.widths()),
+            "group_size": self.group_size,
+            "act_group_size": self.act_group_size,
+            "symmetric": self.symmetric,
+            "attn_bits": self.attn_bits,
+            "states": "tmas" if self.tmas else self.calibration.states,
+            "tmas": self.tmas,
+            "num_states": self.calibration.num_states,
+            "gen_length": self.sampler.gen_length,
+            "steps": self.sampler.steps,
+            "seed": self.seed,
+        }
+
+    def plain(self) -> dict[str, Any]:
+        """The whole config as JSON values, `auto` resolved."""
+        out: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(self))  # type: ignore[assignment]
+        return out | {"bits": self.axes()["bits"]}
+
+    def full_precision(self) -> RunConfig:
+        """The same run without quantization: the reference of a sweep."""
+        return replace(self, method={"_target_": "dllmq.methods.FP"}, tmas=False, bits="auto")
+
+
+def load(cfg: DictConfig) -> RunConfig:
+    """A composed config as typed values.
+
+    Raises:
+        ValueError: an unknown key or a value of the wrong type.
+    """
+    schema = OmegaConf.structured(RunConfig)
+    _refuse_unknown(cfg, RunConfig, "")
+    try:
+        merged = OmegaConf.merge(schema, OmegaConf.to_container(cfg, resolve=True))
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise ValueError(f"{key}: {str(error).splitlines()[0]}." if key else str(error).splitlines()[0]) from error
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def _refuse_unknown(node: DictConfig, schema: Any, prefix: str) -> None:
+    known = {f.name: f for f in fields(schema)}
+    for key in node:
+        if key not in known:
+            raise ValueError(f"there is no key {prefix}{key}.{did_you_mean(str(key), known)}")
+        default = known[str(key)].default_factory
+        value = node._get_node(key)
+        if is_dataclass(default) and isinstance(value, DictConfig):
+            _refuse_unknown(value, default, f"{prefix}{key}.")
+
+
+def did_you_mean(word: str, known: Mapping[str, Any]) -> str:
+    """" Did you mean ...? Allowed: ...", to end a sentence with."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    return f"{hint} Known: {', '.join(known)}."
+
+
+def choose(key: str, value: str, table: Mapping[str, Any]) -> Any:
+    """table[value], or one sentence that names the key and what is allowed."""
+    if value not in table:
+        raise ValueError(f"{key}={value} is not known.{did_you_mean(value, table)}")
+    return table[value]
+
+
+def build(key: str, node: Mapping[str, Any]) -> Any:
+    """The dataclass that `_target_` names, from the node's other keys, types checked.
+
+    Raises:
+        ValueError: no such class, an unknown field, a wrong type, or what the class itself refuses.
+    """
+    arguments = {k: v for k, v in node.items() if k != "_target_"}
+    try:
+        cls = get_class(str(node.get("_target_")))
+    except Exception as error:
+        raise ValueError(f"{key}._target_={node.get('_target_')} cannot be imported.") from error
+    known = {f.name: f for f in fields(cls) if f.init} if is_dataclass(cls) else {}
+    for name in arguments:
+        if name not in known:
+            raise ValueError(f"there is no key {key}.{name}.{did_you_mean(name, known)}")
+    if not arguments:
+        return cls()
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(cls), arguments)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{key}.{error.full_key}: {str(error).splitlines()[0]}.") from error
+    return cls(**{k: v for k, v in OmegaConf.to_container(typed).items() if k in arguments})  # type: ignore[union-attr]
+
+
+# ------------------------------------------------------------------ checks before weights are read
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has passed every check that needs no weights."""
+
+    config: RunConfig
+    recipe: Recipe
+    device: str
+    parameters: int
+
+
+def check_cell(cfg: DictConfig) -> Plan:
+    """Everything that can be wrong with a run, found without reading weights.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    import torch
+
+    from dllmq.evaluation.settings import EvalSettings
+    from dllmq.evaluation.tasks import check_code_execution, check_tasks
+    from dllmq.models.loading import check_tensors, checkpoint_folder, read_config, weight_files
+    from dllmq.pipeline import check_group_sizes
+
+    config = load(cfg)
+    recipe = config.recipe()
+    build("tracker", config.tracker)
+    EvalSettings(
+        recipe.sampler, config.eval.batch_size, config.eval.eos_cut, config.mc_num(), config.eval.mc_batch_size
+    )
+    _positive(config)
+    check_tasks(config.tasks.names)
+    check_code_execution(config.tasks.names, config.eval.allow_code_execution)
+    choose("model.dtype", config.model.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
+    if config.calibration.data is not None and not Path(config.calibration.data).is_file():
+        raise ValueError(f"calibration.data={config.calibration.data} is not a file; give a JSONL file, or null.")
+    if config.model.path is not None and config.dry_run and not Path(config.model.path).is_dir():
+        return Plan(config, recipe, device_of(config), 0)
+    folder = checkpoint_folder(config.model_path)
+    model_config, model_class = read_config(folder)
+    with torch.device("meta"):
+        model = model_class(model_config)
+    check_tensors(weight_files(folder), {name: p.shape for name, p in model.state_dict().items()})
+    check_group_sizes(model, recipe)
+    return Plan(config, recipe, device_of(config), sum(p.numel() for p in model.parameters()))
+
+
+def _positive(config: RunConfig) -> None:
+    for node, name, least in (
+        (config.calibration, "num_states", 1),
+        (config.calibration, "num_prompts", 1),
+        (config.calibration, "batch_size", 1),
+        (config.eval, "fidelity_states", 0),
+        (config.eval, "fidelity_prompts", 1),
+        (config.eval, "limit", 1),
+    ):
+        value = getattr(node, name)
+        if value is not None and value < least:
+            group = "eval" if node is config.eval else "calibration"
+            raise ValueError(f"{group}.{name}={value} is too small; it must be at least {least}.")
+    if config.threads is not None and config.threads < 1:
+        raise ValueError(f"threads={config.threads} is too small; it must be at least 1, or null.")
+
+
+def device_of(config: RunConfig) -> str:
+    """The device, `auto` resolved.
+
+    Raises:
+        ValueError: unknown, or not there.
+    """
+    import torch
+
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
+        raise ValueError(f"device={config.device} is not known; it is auto, cpu, cuda or cuda:<n>.")
+    if config.device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device={config.device}, but torch sees no CUDA device here; use device=cpu or auto.")
+    return config.device
+
+
+# ------------------------------------------------------------------ identity
+
+# Keys that change no number.
+_NEUTRAL = ("tracker", "resume", "name", "dry_run")
+
+
+def fingerprint(config: RunConfig, device: str) -> str:
+    """sha256 over everything that affects the numbers: config, weights, tokenizer, data, code, device, threads."""
+    import torch
+
+    from dllmq.models.loading import checkpoint_folder
+
+    folder = checkpoint_folder(config.model_path)
+    values = {k: v for k, v in config.plain().items() if k not in _NEUTRAL}
+    parts = {
+        "config": values,
+        "weights": {p.name: file_digest(p) for p in sorted(folder.iterdir()) if p.is_file()},
+        "data": file_digest(Path(config.calibration.data)) if config.calibration.data else None,
+        "code": code_digest(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path, whole_below: int = 2**26) -> str:
+    """sha256 of a file; of a large one (a weight shard): its size, time of change and first MiB."""
+    stat = path.stat()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read() if stat.st_size < whole_below else file.read(2**20))
+    if stat.st_size >= whole_below:
+        digest.update(f"{stat.st_size}:{stat.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def code_digest() -> str:
+    """sha256 of the source files that numbers come from (not the report's)."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*")):
+        inside = file.relative_to(package).parts
+        if file.suffix in (".py", ".yaml") and inside[0] not in ("report", "run.py", "conf", "__pycache__"):
+            digest.update("/".join(inside).encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------ folders
+
+
+def slug(text: str, limit: int = 100) -> str:
+    """A folder name for a list of overrides: readable, and distinct where it had to be cut."""
+    clean = re.sub(r"[^A-Za-z0-9_.,=+-]+", "_", text).strip("_.") or "default"
+    if len(clean) <= limit:
+        return clean
+    return f"{clean[: limit - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def sweep_folder(overrides: list[str]) -> str:
+    """outputs/<name>, or outputs/<the overrides> so that the same command finds its folder again."""
+    named = [o.partition("=")[2] for o in overrides if o.startswith("name=")]
+    ignored = ("name=", "resume=", "dry_run=", "threads=", "hydra.")
+    text = "_".join(o for o in overrides if not o.startswith(ignored))
+    experiment = [o.partition("=")[2] for o in overrides if o.startswith(("experiment=", "+experiment="))]
+    if not named and experiment and len([o for o in overrides if not o.startswith(ignored)]) == 1:
+        named = experiment
+    return os.path.join("outputs", slug(named[-1] if named and named[-1] != "null" else text))
+
+
+OmegaConf.register_new_resolver("cell_name", lambda text: slug(text or "default"), replace=True)

@@ -1,0 +1,207 @@
+"""The block loop: quantizes a model in place, group by group, from calibration states.
+
+    x = embed(states)
+    for each block:
+        for each of its groups, in execution order:
+            statistics of the group's input (the groups before it are quantized already)
+            update = method(group, statistics, grid);  swap in QuantLinear
+        x = block(x)                                   (so every block sees the quantized prefix)
+
+It names no method and no technique: those are values in the recipe's slots.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllmq.calibration.observe import attention_product, group_input
+from dllmq.calibration.states import CalibrationState, Trajectory, describe, draw_states, record_trajectories
+from dllmq.calibration.stats import GroupStats, StatsCollector
+from dllmq.methods import FP
+from dllmq.methods.base import GroupUpdate
+from dllmq.models.attention import QuantizedProduct
+from dllmq.models.base import Block, BlockContext, GroupRow, absorb_scale, linear_group
+from dllmq.models.linear import QuantLinear
+from dllmq.recipe import Recipe
+
+log = logging.getLogger(__name__)
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What a quantization did.
+
+    Attributes:
+        quantized_share: parameters inside quantized linears / all parameters.
+        weight_bytes: bytes of all weights, quantized ones at their packed size.
+        states: what calibrated (`calibration.states.describe`).
+        notes: group -> numbers from the method; seconds: by stage.
+    """
+
+    quantized_share: float
+    weight_bytes: int
+    states: dict[str, Any]
+    notes: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """One batch of states on its way through the blocks: x [B, L, d] is the current block's input."""
+
+    x: Tensor
+    ctx: BlockContext
+    valid: Tensor
+    weight: Tensor  # c_j, 0 at pads
+
+
+def quantize(
+    model: Any,
+    prompts: list[Tensor],
+    recipe: Recipe,
+    trajectories: list[Trajectory] | None = None,
+    progress: Progress | None = None,
+) -> QuantizationReport:
+    """Quantizes `model` in place.
+
+    Args:
+        model: a `MaskPredictor` in full precision.
+        prompts: calibration prompts, token ids [P] each.
+        recipe: what to do.
+        trajectories: recorded full-precision trajectories of the prompts, where there are some already.
+        progress: told (done, total, stage).
+
+    Raises:
+        ValueError: what a user can mend (sizes that do not divide, a singular Hessian with the layer's name).
+    """
+    if isinstance(recipe.method, FP) or recipe.weights is None:
+        return QuantizationReport(0.0, weight_bytes(model), {})
+    started = time.perf_counter()
+    if trajectories is None:
+        trajectories = record_trajectories(
+            model, prompts, recipe.sampler, recipe.batch_size, recipe.seed, recipe.observe, progress
+        )
+    states = draw_states(model, trajectories, recipe.states, recipe.num_states, recipe.batch_size, recipe.seed)
+    drawn = describe(states)
+    log.info("calibration: %s, %d sequences, %d tokens, by mask-ratio block %s", recipe.states.name,
+             drawn["sequences"], drawn["tokens"], drawn["by_block"])  # fmt: skip
+    calibrated = time.perf_counter()
+    notes = quantize_blocks(model, states, recipe, progress)
+    done = time.perf_counter()
+    return QuantizationReport(
+        quantized_share=quantized_share(model),
+        weight_bytes=weight_bytes(model),
+        states=drawn | {"sampler": recipe.states.name},
+        notes=notes,
+        seconds={"calibrate_s": calibrated - started, "quantize_s": done - calibrated},
+    )
+
+
+@torch.no_grad()
+def quantize_blocks(
+    model: Any, states: list[CalibrationState], recipe: Recipe, progress: Progress | None = None
+) -> dict[str, dict[str, float]]:
+    """The loop on top of this file; returns the method's notes by group."""
+    batches = [_enter(model, state, recipe) for state in states]
+    notes: dict[str, dict[str, float]] = {}
+    for index, block in enumerate(model.blocks):
+        for row in model.topology.groups:
+            if row.name == model.topology.product_before:
+                _settle_product(block, batches, recipe)
+            group = linear_group(model, index, row)
+            stats = _statistics(block, row, batches, recipe.method.needs)
+            update = recipe.method(group, stats, recipe.weights)
+            _apply(block, row, update, recipe, model.dtype)
+            notes[group.name] = update.notes
+        batches = [_Batch(block(b.x, b.ctx), b.ctx, b.valid, b.weight) for b in batches]
+        if progress is not None:
+            progress(index + 1, len(model.blocks), "blocks")
+    return notes
+
+
+def _enter(model: Any, state: CalibrationState, recipe: Recipe) -> _Batch:
+    device = model.device
+    valid = state.valid.to(device)
+    weight = recipe.token_weight(state).to(device).float() * valid
+    return _Batch(model.embed(state.tokens.to(device)), model.context(valid.shape[1], valid), valid, weight)
+
+
+def _statistics(block: Block, row: GroupRow, batches: list[_Batch], needs: frozenset[str]) -> GroupStats:
+    """Statistics of a group's input over all states; nothing is run when the method asks for nothing."""
+    if not needs:
+        return GroupStats()
+    collector = StatsCollector(needs)
+    for b in batches:
+        collector.add(group_input(block, row.linears[0], b.x, b.ctx), b.weight, b.valid)
+    return collector.result()
+
+
+def _settle_product(block: Block, batches: list[_Batch], recipe: Recipe) -> None:
+    """Quantizes the attention product: V's static parameters from two passes over the states."""
+    grids = recipe.attention
+    if grids.P is None and grids.V is None:
+        return
+    params = None
+    if grids.V is not None:
+        scale = recipe.value_scale(grids.V)
+        for b in batches:
+            V, _ = attention_product(block, b.x, b.ctx, maps=False)
+            scale.range(V.transpose(1, 2)[b.valid])
+        if "maps" in scale.needs:
+            for b in batches:
+                scale.accumulate(*attention_product(block, b.x, b.ctx, maps=True))
+        params = scale.result()
+    block.product = QuantizedProduct(grids.P, grids.V, params)
+
+
+def _apply(block: Block, row: GroupRow, update: GroupUpdate, recipe: Recipe, dtype: torch.dtype) -> None:
+    """Moves the update's scale into the op before the group and swaps in the quantized linears."""
+    if update.scale is not None:
+        absorb_scale(block, row, update.scale)
+    for name, quantized in update.weights.items():
+        linear = getattr(block, name)
+        setattr(block, name, QuantLinear(quantized, linear.bias, recipe.inputs, dtype))
+
+
+def quantized_linears(model: Any) -> dict[str, QuantLinear]:
+    """Every quantized linear by its dotted name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+
+
+def quantized_share(model: Any) -> float:
+    """Parameters inside quantized linears / all parameters."""
+    inside = sum(m.weight.numel() for m in quantized_linears(model).values())
+    return inside / sum(p.numel() for p in model.parameters())
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of all weights: packed codes, scales and zeros where quantized, 2 bytes (bf16) elsewhere."""
+    linears = quantized_linears(model)
+    inside = {id(p) for m in linears.values() for p in m.parameters()}
+    rest = sum(2 * p.numel() for p in model.parameters() if id(p) not in inside)
+    return rest + sum(m.quantized.nbytes for m in linears.values())
+
+
+def check_group_sizes(model: Any, recipe: Recipe) -> None:
+    """Whether the grids fit every block linear; the model may be on the meta device.
+
+    Raises:
+        ValueError: a group size that does not divide a linear's inputs, with its name.
+    """
+    for row in model.topology.groups:
+        for name in row.linears:
+            inputs = getattr(model.blocks[0], name).weight.shape[1]
+            for key, grid in (("group_size", recipe.weights), ("act_group_size", recipe.inputs)):
+                if grid is not None and grid.group_size > 0 and inputs % grid.group_size:
+                    raise ValueError(
+                        f"{key}={grid.group_size} does not divide the {inputs} inputs of {name}; use a divisor of "
+                        f"{inputs}, or -1 for one scale per {'token' if key.startswith('act') else 'output channel'}."
+                    )

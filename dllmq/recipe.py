@@ -1,0 +1,125 @@
+"""A recipe: one value for every slot of the pipeline. Off is a neutral value, not a branch.
+
+Slots: which states calibrate (StateSampler), how much a token counts (TokenWeight), how V's scale is chosen
+(ValueScale), the baseline (Method) and the grids of weights, inputs and the attention product.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from dllmq.calibration.states import CalibrationState, CleanText, StateSampler
+from dllmq.calibration.values import MinMax, ValueScale
+from dllmq.diffusion import SamplerConfig
+from dllmq.methods import FP, RTN, Method
+from dllmq.numerics import Grid
+
+FULL_PRECISION_BITS = 16
+
+
+class TokenWeight(Protocol):
+    """Weight c_j >= 0 on a token's squared error. Pads weigh 0 whatever it returns."""
+
+    def __call__(self, state: CalibrationState) -> Float[Tensor, "B L"]: ...
+
+
+def uniform_weight(state: CalibrationState) -> Float[Tensor, "B L"]:
+    """Every token counts the same: CGQ off."""
+    return state.valid.float()
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Widths of weights and activations; 16 is full precision."""
+
+    weight: int
+    activation: int
+
+    @classmethod
+    def parse(cls, text: str) -> Bits:
+        """Reads "w4a4", "w3a16" and the like.
+
+        Raises:
+            ValueError: another form or another width.
+        """
+        match = re.fullmatch(r"w(\d+)a(\d+)", str(text))
+        widths = [int(x) for x in match.groups()] if match else []
+        if not match or any(b != FULL_PRECISION_BITS and not 2 <= b <= 8 for b in widths):
+            raise ValueError(
+                f"bits={text} is not a width; write w<N>a<M> with N and M from 2 to 8, or 16 for full precision, "
+                "such as w4a4, w4a16 or w3a8."
+            )
+        if widths[0] == FULL_PRECISION_BITS:
+            raise ValueError(f"bits={text} leaves the weights alone; choose w2 to w8, or method=fp for full precision.")
+        return cls(*widths)
+
+    def __str__(self) -> str:
+        return f"w{self.weight}a{self.activation}"
+
+
+@dataclass(frozen=True)
+class AttentionGrids:
+    """Grids of P and V in the attention product; None is full precision."""
+
+    P: Grid | None = None
+    V: Grid | None = None
+
+    @classmethod
+    def parse(cls, attn_bits: str | int, activation: int) -> AttentionGrids:
+        """`auto` (P and V at the activation width, none at a16), `none`, `v`, `pv`, or a width for both.
+
+        Raises:
+            ValueError: anything else, or `v` / `pv` where activations are full precision.
+        """
+        text = str(attn_bits).lower()
+        quantized = activation != FULL_PRECISION_BITS
+        if text == "none" or (text == "auto" and not quantized):
+            return cls()
+        if text in ("v", "pv") and not quantized:
+            raise ValueError(f"attn_bits={text} takes the activation width, but activations are a16; give a width instead.")
+        if text in ("auto", "pv", "v"):
+            grid = Grid(activation)
+            return cls(P=None if text == "v" else grid, V=grid)
+        if text.isdigit() and 2 <= int(text) <= 8:
+            return cls(P=Grid(int(text)), V=Grid(int(text)))
+        raise ValueError(f"attn_bits={attn_bits} is not known; it is auto, none, v, pv or a width from 2 to 8.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything `pipeline.quantize` needs beside a model and prompts.
+
+    Attributes:
+        method: the baseline; weights: grid of the block linears' weights; inputs: of their inputs, None at a16.
+        attention: grids of P and V.
+        states: which states calibrate; token_weight, value_scale: the two other seams.
+        num_states: calibration sequences; batch_size: sequences a forward.
+        sampler: of the full-precision trajectories; observe: where scores are recorded ("masked" or "all").
+    """
+
+    method: Method
+    weights: Grid | None
+    inputs: Grid | None = None
+    attention: AttentionGrids = AttentionGrids()
+    states: StateSampler = field(default_factory=CleanText)
+    token_weight: TokenWeight = uniform_weight
+    value_scale: Callable[[Grid], ValueScale] = MinMax
+    num_states: int = 128
+    batch_size: int = 16
+    sampler: SamplerConfig = SamplerConfig()
+    observe: str = "masked"
+    seed: int = 0
+
+    def inert(self) -> list[str]:
+        """Switches without effect in this combination, each with its reason: "tmas: ..."."""
+        out = []
+        calibrated = not isinstance(self.method, RTN | FP) or self.attention.V is not None
+        if self.states.name != "clean" and not calibrated:
+            out.append(f"{self.states.name}: {type(self.method).__name__} reads no calibration states")
+        return out

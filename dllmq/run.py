@@ -1,0 +1,122 @@
+"""`python -m dllmq.run`: one run, or with -m a sweep. Every switch is explained in conf/config.yaml."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.logging import RichHandler
+
+from dllmq.config import Plan, check_cell, slug, sweep_folder
+
+console = Console()
+
+
+def run(cfg: DictConfig) -> None:
+    """config -> model -> calibration states -> quantized model -> measurements -> record."""
+    hydra_config = HydraConfig.get()
+    sweeping = hydra_config.mode == RunMode.MULTIRUN
+    folder = Path(hydra_config.runtime.output_dir)
+    name = slug(hydra_config.job.override_dirname or "default")
+    plan = check_cell(cfg)
+    if plan.config.dry_run:
+        console.print(describe(plan, name), markup=False, highlight=False)
+        return
+    import torch
+
+    from dllmq.cell import Cell
+    from dllmq.report.callback import finish_sweep
+    from dllmq.report.progress import progress_bar
+
+    if plan.config.threads is not None:
+        torch.set_num_threads(plan.config.threads)
+    with progress_bar(console, name) as progress:
+        cell = Cell(plan, folder, folder.parent, name, command(), progress)
+        cell.run()
+    if not sweeping:
+        finish_sweep(folder.parent)
+
+
+def guarded(cfg: DictConfig) -> None:
+    """run(), where a failure becomes one sentence and a status.json; a sweep goes on with its next cell."""
+    try:
+        run(cfg)
+    except Exception as error:
+        from dllmq.report.results import STATUS, write_json_atomic
+
+        expected = isinstance(error, ValueError)
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        sentence = first if expected else f"{type(error).__name__}: {first}"
+        hydra_config = HydraConfig.get()
+        folder = Path(hydra_config.runtime.output_dir)
+        name = slug(hydra_config.job.override_dirname or "default")
+        status = {"status": "failed", "run_name": name, "error": sentence, "axes": axes(cfg), "command": command()}
+        write_json_atomic(folder / STATUS, status | {"traceback": traceback.format_exc()})
+        where = "" if expected else f" (the traceback is in {folder / STATUS})"
+        Console(stderr=True).print(f"{name}: {sentence}{where}", style="red", markup=False, highlight=False, soft_wrap=True)
+        if hydra_config.mode != RunMode.MULTIRUN:
+            sys.exit(1)
+
+
+def axes(cfg: DictConfig) -> dict[str, object]:
+    """The axes of a run that failed, as far as its config can be read."""
+    from dllmq.config import load
+
+    try:
+        return load(cfg).axes()
+    except ValueError:
+        return {}
+
+
+def command() -> str:
+    """What repeats this run."""
+    return " ".join(["python -m dllmq.run", *HydraConfig.get().overrides.task])
+
+
+def describe(plan: Plan, name: str) -> str:
+    """A dry run's answer."""
+    config, recipe = plan.config, plan.recipe
+    lines = [
+        f"{name}: checked, nothing run",
+        f"  model        {config.model_path} ({plan.parameters / 1e6:.2f} M parameters), {plan.device}",
+        f"  method       {recipe.method}",
+        f"  widths       {config.widths()}, weights {recipe.weights}, inputs {recipe.inputs}, attention {recipe.attention}",
+        f"  calibration  {recipe.states.name}, {recipe.num_states} sequences from {config.calibration.num_prompts} prompts",
+        f"  tasks        {', '.join(config.tasks.names)}, {config.eval.limit or 'all'} problems each",
+        *(f"  no effect    {line}" for line in recipe.inert()),
+    ]
+    return "\n".join(lines)
+
+
+def arguments(argv: list[str]) -> list[str]:
+    """argv with the folder of a run or sweep, so that the same command finds the same folder again."""
+    overrides = [a for a in argv if not a.startswith("-") and "=" in a]
+    if any(o.startswith(("hydra.sweep.dir=", "hydra.run.dir=")) for o in overrides):
+        return argv
+    folder = sweep_folder(overrides)
+    sweeping = any(a in ("-m", "--multirun") for a in argv)
+    key, value = ("hydra.sweep.dir", folder) if sweeping else ("hydra.run.dir", f"{folder}/run")
+    return [*argv, f"{key}='{value}'"]
+
+
+def main() -> None:
+    """Entry point."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[
+        RichHandler(console=console, show_path=False, show_level=False, markup=False, highlighter=None)])  # fmt: skip
+    for noisy in ("httpx", "urllib3", "datasets", "transformers", "matplotlib", "wandb"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="hydra")
+    sys.argv = [sys.argv[0], *arguments(sys.argv[1:])]
+    hydra.main(version_base="1.3", config_path="pkg://dllmq.conf", config_name="config")(guarded)()
+
+
+if __name__ == "__main__":
+    main()
