@@ -1,7 +1,7 @@
 """One cell of a sweep: full precision's share of the work (once a sweep), quantize, measure, record.
 
-A sweep folder holds <cell>/results.json, baseline.json (full precision's record) and .shared/ (full precision's
-trajectories and predictions, named after the fingerprint of what made them).
+A sweep folder holds <cell>/results.json, baseline.json (full precision's record; its answers beside it) and
+.shared/ (full precision's trajectories and predictions, named after the fingerprint of what made them).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import resource
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +30,7 @@ from dllmq.evaluation import fidelity
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.tasks import EvalResult, evaluate
 from dllmq.methods import FP
+from dllmq.mini.splits import Split
 from dllmq.mini.tasks import problems
 from dllmq.models.loading import checkpoint_folder, load_model
 from dllmq.models.tokenizer import load_tokenizer
@@ -71,10 +72,8 @@ def reset_peak_memory(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
+    with suppress(OSError):  # elsewhere the peak is the process's own
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # elsewhere the peak is the process's own
 
 
 def peak_memory(device: str) -> int:
@@ -91,7 +90,9 @@ def peak_memory(device: str) -> int:
 class Cell:
     """A checked plan, ready to run in its folder."""
 
-    def __init__(self, plan: Plan, folder: Path, sweep: Path, name: str, command: str, progress: Progress) -> None:
+    def __init__(
+        self, plan: Plan, folder: Path, sweep: Path, name: str, command: str, progress: Progress
+    ) -> None:
         self.plan, self.config = plan, plan.config
         self.folder, self.sweep, self.name, self.command = folder, sweep, name, command
         self.progress = progress
@@ -105,7 +106,8 @@ class Cell:
         if done is not None:
             return done
         tracker = build("tracker", self.config.tracker)
-        tracker.start(TrackedRun(self.name, self.folder, self.config.plain(), self.config.axes(), self.sweep.name))
+        config = self.config
+        tracker.start(TrackedRun(self.name, self.folder, config.plain(), config.axes(), self.sweep.name))
         try:
             record = self._compute()
             write_json_atomic(self.folder / RESULTS, record)
@@ -141,12 +143,16 @@ class Cell:
         if isinstance(self.plan.recipe.method, FP):
             return replace(baseline, axes=config.axes(), run_name=self.name, config=config.plain(),
                            fingerprint=self.key, command=self.command)  # fmt: skip
-        with stages("trajectories"):
+        with stages("calibrate"):
             prompts = self._prompts(tokenizer, held_out=False)
-            trajectories = self._trajectories(model, prompts, "calibration")
+            trajectories = self._trajectories(model, prompts)
+        with stages("reference"):
             reference = self._reference(model, tokenizer)
-        report = quantize(model, prompts, self.plan.recipe, trajectories, self.progress)
+        recorded = stages.cost["calibrate_s"]
+        with stages("quantize"):
+            report = quantize(model, prompts, self.plan.recipe, trajectories, self.progress)
         stages.cost |= report.seconds
+        stages.cost["calibrate_s"] = recorded + report.seconds["calibrate_s"]  # type: ignore[operator]
         inert = self.plan.recipe.inert()
         for line in inert:
             log.warning("no effect: %s", line)
@@ -185,26 +191,22 @@ class Cell:
         count = other if held_out else own
         if config.calibration.data is not None:
             texts = read_prompts(Path(config.calibration.data), own + other)
-            return encode_prompts(texts[own:] if held_out else texts[:own], tokenizer, config.model.chat_template)
-        split, seed = ("dev", 0) if held_out else ("train", config.seed)
-        words = problems("mini_gsm", split, count, seed)
-        code = problems("mini_code", split, count, seed)
-        both = [
-            f"Question: {words[i // 2]['question']}\nAnswer:" if i % 2 == 0 else code[i // 2]["prompt"] for i in range(count)
-        ]
-        return encode_prompts(both, tokenizer, config.model.chat_template)
+            texts = texts[own:] if held_out else texts[:own]
+        else:
+            texts = _generated_prompts("dev" if held_out else "train", count, 0 if held_out else config.seed)
+        return encode_prompts(texts, tokenizer, config.model.chat_template)
 
     def _shared(self, kind: str) -> Path:
         return self.sweep / ".shared" / f"{kind}-{self.fp_key[:16]}.safetensors"
 
-    def _trajectories(self, model: Any, prompts: list[Tensor], kind: str) -> list[Trajectory]:
-        file = self._shared(f"{kind}-{self.config.seed}")
-        sampler, steps = self.plan.recipe.sampler, self.plan.recipe.sampler.steps
+    def _trajectories(self, model: Any, prompts: list[Tensor]) -> list[Trajectory]:
+        """Of the calibration prompts, recorded by the first cell that needs them."""
+        recipe = self.plan.recipe
+        file = self._shared(f"calibration-{recipe.observe}-{recipe.seed}")
         if file.is_file():
-            return read_trajectories(file, steps)
-        seed = self.config.seed
+            return read_trajectories(file, recipe.sampler.steps)
         found = record_trajectories(
-            model, prompts, sampler, self.config.calibration.batch_size, seed, self.plan.recipe.observe, self.progress
+            model, prompts, recipe.sampler, recipe.batch_size, recipe.seed, recipe.observe, self.progress
         )
         write_trajectories(found, file)
         return found
@@ -246,7 +248,7 @@ class Cell:
                 found = fidelity.measure(model, reference, self.progress)
             log.info("fidelity: KL %.4f, top-1 %.4f (n=%d states)", found.values["kl"]["value"],
                      found.values["top1"]["value"], found.values["kl"]["n"])  # fmt: skip
-        self._write_samples(result)
+        _write_samples(result, self.sweep if reference is None and not report.notes else self.folder)
         return RunRecord(
             config=config.plain(),
             run_name=self.name,
@@ -270,10 +272,20 @@ class Cell:
             notes={"method": report.notes, "backend": "fake", "counters": result.counters},
         )
 
-    def _write_samples(self, result: EvalResult) -> None:
-        for task, samples in result.samples.items():
-            lines = "".join(json.dumps(sample, default=str) + "\n" for sample in samples)
-            write_text_atomic(self.folder / f"samples_{task}.jsonl", lines)
+
+def _write_samples(result: EvalResult, folder: Path) -> None:
+    for task, samples in result.samples.items():
+        lines = "".join(json.dumps(sample, default=str) + "\n" for sample in samples)
+        write_text_atomic(folder / f"samples_{task}.jsonl", lines)
+
+
+def _generated_prompts(split: Split, count: int, seed: int) -> list[str]:
+    """Word problems and programs by turns."""
+    half = -(-count // 2)
+    words, code = problems("mini_gsm", split, half, seed), problems("mini_code", split, half, seed)
+    pairs = zip(words, code, strict=True)
+    texts = [text for w, c in pairs for text in (f"Question: {w['question']}\nAnswer:", c["prompt"])]
+    return texts[:count]
 
 
 def eval_settings(config: RunConfig, plan: Plan) -> EvalSettings:
@@ -293,8 +305,9 @@ def _reference_config(config: RunConfig) -> RunConfig:
     plain = RunConfig()
     return replace(
         config.full_precision(),
-        group_size=plain.group_size, act_group_size=plain.act_group_size, symmetric=plain.symmetric,
-        act_symmetric=plain.act_symmetric, attn_bits=plain.attn_bits, value_granularity=plain.value_granularity,
+        group_size=plain.group_size, act_group_size=plain.act_group_size,
+        symmetric=plain.symmetric, act_symmetric=plain.act_symmetric,
+        attn_bits=plain.attn_bits, value_granularity=plain.value_granularity,
         seed=0, calibration=replace(config.calibration, states="clean", num_states=128, shares=[]),
     )  # fmt: skip
 
@@ -302,7 +315,9 @@ def _reference_config(config: RunConfig) -> RunConfig:
 def write_trajectories(trajectories: list[Trajectory], path: Path) -> None:
     """Saves trajectories as safetensors, whole or not at all."""
     names = ("tokens", "masked", "score", "committed", "step", "final")
-    tensors = {f"{i}.{n}": getattr(t, n).contiguous().clone() for i, t in enumerate(trajectories) for n in names}
+    tensors = {
+        f"{i}.{n}": getattr(t, n).contiguous().clone() for i, t in enumerate(trajectories) for n in names
+    }
     tensors |= {f"{i}.prompt_length": torch.tensor(t.prompt_length) for i, t in enumerate(trajectories)}
     fidelity.write_tensors(tensors, path)
 
@@ -312,7 +327,11 @@ def read_trajectories(path: Path, num_steps: int) -> list[Trajectory]:
     names = ("tokens", "masked", "score", "committed", "step", "final")
     count = 1 + max(int(name.split(".")[0]) for name in tensors)
     return [
-        Trajectory(*(tensors[f"{i}.{n}"] for n in names), int(tensors[f"{i}.prompt_length"]), num_steps)
+        Trajectory(
+            **{n: tensors[f"{i}.{n}"] for n in names},
+            prompt_length=int(tensors[f"{i}.prompt_length"]),
+            num_steps=num_steps,
+        )
         for i in range(count)
     ]
 
@@ -351,17 +370,21 @@ def _git() -> dict[str, Any]:
     here = Path(__file__).parent
 
     def ask(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", "-C", str(here), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        if ask("ls-files", "--error-unmatch", __file__):
-            return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "--", str(here)))}
+        ask("ls-files", "--error-unmatch", __file__)
+        return {
+            "commit": ask("rev-parse", "HEAD"),
+            "dirty": bool(ask("status", "--porcelain", "--", str(here))),
+        }
     except (OSError, subprocess.CalledProcessError):
-        pass
-    return {}
+        return {}
 
 
 def _device(device: str) -> dict[str, Any]:
     if device.startswith("cuda"):
         return {"type": "cuda", "name": torch.cuda.get_device_name(device)}
-    return {"type": "cpu", "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    name = platform.processor() or platform.machine()
+    return {"type": "cpu", "name": name, "threads": torch.get_num_threads()}

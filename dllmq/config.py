@@ -1,7 +1,8 @@
 """From the composed YAML to typed values; the only place that reads the switches.
 
-`load(cfg)` refuses unknown keys (also those added with +key=) and wrong types, then `RunConfig.recipe()` turns the
-booleans into values for the pipeline's slots. `check_cell` does everything that can fail before weights are read.
+`load(cfg)` refuses unknown keys (also those added with +key=) and wrong types, then `RunConfig.recipe()`
+turns the booleans into values for the pipeline's slots. `check_cell` finds what is wrong before weights are
+read.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dllmq.calibration.prompts import read_prompts
 from dllmq.calibration.states import CleanText, RandomMask, StateSampler, UniformTrajectory
 from dllmq.calibration.values import MinMax
 from dllmq.diffusion import SamplerConfig
 from dllmq.numerics import Grid
-from dllmq.recipe import AttentionGrids, Bits, Recipe
+from dllmq.recipe import FULL_PRECISION_BITS, AttentionGrids, Bits, Recipe
 from dllmq.techniques.tmas import TMAS
 
 EMBEDDED = Path(__file__).parent / "mini" / "weights"
+GRANULARITIES = ("tensor", "head", "channel")
+DTYPES = ("auto", "float32", "bfloat16")
 STATES: dict[str, type] = {"clean": CleanText, "random_mask": RandomMask, "uniform": UniformTrajectory}
 
 
@@ -125,7 +129,7 @@ class RunConfig:
         return str(EMBEDDED) if self.model.path is None else self.model.path
 
     def widths(self) -> Bits:
-        """`bits`, with auto resolved: the preset's width; w4a4 for a checkpoint put in the embedded model's place."""
+        """`bits`, auto resolved: the preset's, or w4a4 for a checkpoint put in the embedded model's place."""
         if self.bits != "auto":
             return Bits.parse(self.bits)
         own_checkpoint = self.model.name == "mini" and not self.embedded
@@ -135,24 +139,25 @@ class RunConfig:
         """Monte-Carlo samples of a likelihood."""
         if self.eval.mc_num == "auto":
             return 8 if self.embedded else 128
-        if not str(self.eval.mc_num).isdigit():
-            raise ValueError(f"eval.mc_num={self.eval.mc_num} is not known; it is auto or a positive integer.")
+        if not re.fullmatch("[0-9]+", self.eval.mc_num):
+            raise ValueError(f"eval.mc_num={self.eval.mc_num} is not known; use auto or a positive integer.")
         return int(self.eval.mc_num)
 
     def sampler_config(self) -> SamplerConfig:
         return SamplerConfig(**vars(self.sampler))
 
     def states(self) -> StateSampler:
-        """The technique's sampler, or the off-state that `calibration.states` names."""
-        if self.tmas:
-            return TMAS(tuple(self.calibration.shares))
-        return choose("calibration.states", self.calibration.states, STATES)()
+        """The technique's sampler, or the off-state that `calibration.states` names; both are checked."""
+        off = choose("calibration.states", self.calibration.states, STATES)()
+        on = TMAS(tuple(self.calibration.shares))
+        return on if self.tmas else off
 
     def recipe(self) -> Recipe:
         """The values of the pipeline's slots."""
         bits = self.widths()
-        inputs = None if bits.activation == 16 else Grid(bits.activation, self.act_group_size, self.act_symmetric)
-        choose("value_granularity", self.value_granularity, {"tensor": 0, "head": 0, "channel": 0})
+        quantized = bits.activation != FULL_PRECISION_BITS
+        inputs = Grid(bits.activation, self.act_group_size, self.act_symmetric) if quantized else None
+        choose("value_granularity", self.value_granularity, dict.fromkeys(GRANULARITIES))
         return Recipe(
             method=build("method", self.method),
             weights=Grid(bits.weight, self.group_size, self.symmetric),
@@ -167,24 +172,39 @@ class RunConfig:
         )
 
     def axes(self) -> dict[str, Any]:
-        """What tells the cells of a sweep apart."""
+        """What tells the cells of a sweep apart; a method's knobs only where they are not the default."""
         method = str(self.method.get("_target_", "")).rpartition(".")[2].lower()
         solver = self.method.get("solver", "rtn")
         named = method if solver == "rtn" else f"{method}+{solver}"
+        model = (
+            self.model.name if self.model.path is None else f"{self.model.name}:{Path(self.model.path).name}"
+        )
         return {
-            "model": self.model.name if self.model.path is None else f"{self.model.name}:{Path(self.model.path).name}",
+            "model": model,
             "method": named,
             "bits": "w16a16" if method == "fp" else str(self.widths()),
             "group_size": self.group_size,
             "act_group_size": self.act_group_size,
             "symmetric": self.symmetric,
+            "act_symmetric": self.act_symmetric,
             "attn_bits": self.attn_bits,
-            "states": "tmas" if self.tmas else self.calibration.states,
+            "value_granularity": self.value_granularity,
+            "states": self.calibration.states,  # with tmas too: its twin differs in the switch alone
             "tmas": self.tmas,
             "num_states": self.calibration.num_states,
+            "num_prompts": self.calibration.num_prompts,
             "gen_length": self.sampler.gen_length,
             "steps": self.sampler.steps,
             "seed": self.seed,
+        } | self._knobs()
+
+    def _knobs(self) -> dict[str, Any]:
+        """The method's fields that are not at their default, by name."""
+        method = build("method", self.method)
+        return {
+            f.name: self.method[f.name]
+            for f in fields(method)
+            if f.name in self.method and f.name != "solver" and self.method[f.name] != f.default
         }
 
     def plain(self) -> dict[str, Any]:
@@ -209,8 +229,8 @@ def load(cfg: DictConfig) -> RunConfig:
         merged = OmegaConf.merge(schema, OmegaConf.to_container(cfg, resolve=True))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        raise ValueError(f"{key}: {str(error).splitlines()[0]}." if key else str(error).splitlines()[0]) from error
+        key, first = getattr(error, "full_key", None), str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"{key}: {first}." if key else f"{first}.") from error
     assert isinstance(config, RunConfig)
     return config
 
@@ -219,7 +239,7 @@ def _refuse_unknown(node: DictConfig, schema: Any, prefix: str) -> None:
     known = {f.name: f for f in fields(schema)}
     for key in node:
         if key not in known:
-            raise ValueError(f"there is no key {prefix}{key}.{did_you_mean(str(key), known)}")
+            raise ValueError(f"there is no key {prefix}{key!s}.{did_you_mean(str(key), known)}")
         default = known[str(key)].default_factory
         value = node._get_node(key)
         if is_dataclass(default) and isinstance(value, DictConfig):
@@ -227,7 +247,7 @@ def _refuse_unknown(node: DictConfig, schema: Any, prefix: str) -> None:
 
 
 def did_you_mean(word: str, known: Mapping[str, Any]) -> str:
-    """" Did you mean ...? Allowed: ...", to end a sentence with."""
+    """ " Did you mean ...? Allowed: ...", to end a sentence with."""
     close = difflib.get_close_matches(word, list(known), n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     return f"{hint} Known: {', '.join(known)}."
@@ -257,6 +277,8 @@ def build(key: str, node: Mapping[str, Any]) -> Any:
             raise ValueError(f"there is no key {key}.{name}.{did_you_mean(name, known)}")
     if not arguments:
         return cls()
+    if any(isinstance(value, Mapping) for value in arguments.values()):
+        raise ValueError(f"{key} takes no nested keys; its fields are {', '.join(known)}.")
     try:
         typed = OmegaConf.merge(OmegaConf.structured(cls), arguments)
     except OmegaConfBaseException as error:
@@ -283,38 +305,46 @@ def check_cell(cfg: DictConfig) -> Plan:
     Raises:
         ValueError: one sentence.
     """
-    import torch
-
     from dllmq.evaluation.settings import EvalSettings
     from dllmq.evaluation.tasks import check_code_execution, check_tasks
-    from dllmq.models.loading import check_tensors, checkpoint_folder, read_config, weight_files
+    from dllmq.models.loading import (
+        check_tensors,
+        checkpoint_folder,
+        is_hub_id,
+        read_config,
+        skeleton,
+        weight_files,
+    )
     from dllmq.pipeline import check_group_sizes
 
     config = load(cfg)
+    _check_ranges(config)
     recipe = config.recipe()
     build("tracker", config.tracker)
     EvalSettings(
-        recipe.sampler, config.eval.batch_size, config.eval.eos_cut, config.mc_num(), config.eval.mc_batch_size
+        recipe.sampler,
+        config.eval.batch_size,
+        config.eval.eos_cut,
+        config.mc_num(),
+        config.eval.mc_batch_size,
     )
-    _positive(config)
     check_tasks(config.tasks.names)
     check_code_execution(config.tasks.names, config.eval.allow_code_execution)
-    choose("model.dtype", config.model.dtype, {"auto": 0, "float32": 0, "bfloat16": 0})
-    if config.calibration.data is not None and not Path(config.calibration.data).is_file():
-        raise ValueError(f"calibration.data={config.calibration.data} is not a file; give a JSONL file, or null.")
-    if config.model.path is not None and config.dry_run and not Path(config.model.path).is_dir():
-        return Plan(config, recipe, device_of(config), 0)
+    choose("model.dtype", config.model.dtype, dict.fromkeys(DTYPES))
+    _check_calibration(config)
+    device = device_of(config)
+    if config.dry_run and config.model.path is not None and is_hub_id(config.model.path):
+        return Plan(config, recipe, device, 0)  # a dry run downloads nothing
     folder = checkpoint_folder(config.model_path)
-    model_config, model_class = read_config(folder)
-    with torch.device("meta"):
-        model = model_class(model_config)
+    model = skeleton(*read_config(folder))
     check_tensors(weight_files(folder), {name: p.shape for name, p in model.state_dict().items()})
     check_group_sizes(model, recipe)
-    return Plan(config, recipe, device_of(config), sum(p.numel() for p in model.parameters()))
+    return Plan(config, recipe, device, sum(p.numel() for p in model.parameters()))
 
 
-def _positive(config: RunConfig) -> None:
+def _check_ranges(config: RunConfig) -> None:
     for node, name, least in (
+        (config.eval, "batch_size", 1),
         (config.calibration, "num_states", 1),
         (config.calibration, "num_prompts", 1),
         (config.calibration, "batch_size", 1),
@@ -328,6 +358,33 @@ def _positive(config: RunConfig) -> None:
             raise ValueError(f"{group}.{name}={value} is too small; it must be at least {least}.")
     if config.threads is not None and config.threads < 1:
         raise ValueError(f"threads={config.threads} is too small; it must be at least 1, or null.")
+    if not 0 <= config.seed < 2**62:
+        raise ValueError(f"seed={config.seed} is out of range; it is an integer from 0 to 2^62.")
+    if config.group_size < -1:
+        raise ValueError(
+            f"group_size={config.group_size} is not known; it is -1 (one scale per output channel), 0 "
+            "(one per tensor) or a positive number of input channels."
+        )
+    if config.act_group_size < -1 or config.act_group_size == 0:
+        raise ValueError(
+            f"act_group_size={config.act_group_size} is not known; it is -1 (one scale per token) or a "
+            "positive number of its channels."
+        )
+
+
+def _check_calibration(config: RunConfig) -> None:
+    """Enough prompts in the user's file, and enough states for TMAS, which takes none twice."""
+    c = config.calibration
+    if c.data is not None:
+        if not Path(c.data).is_file():
+            raise ValueError(f"calibration.data={c.data} is not a file; give a JSONL file, or null.")
+        read_prompts(Path(c.data), c.num_prompts + config.eval.fidelity_prompts)
+    steps = min(config.sampler.steps, config.sampler.gen_length)  # a step that commits nothing is no state
+    if config.tmas and c.num_states > c.num_prompts * steps:
+        raise ValueError(
+            f"calibration.num_states={c.num_states}, but {c.num_prompts} prompts of {steps} steps have "
+            f"{c.num_prompts * steps} states: ask for fewer, or raise calibration.num_prompts."
+        )
 
 
 def device_of(config: RunConfig) -> str:
@@ -342,19 +399,26 @@ def device_of(config: RunConfig) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
         raise ValueError(f"device={config.device} is not known; it is auto, cpu, cuda or cuda:<n>.")
-    if config.device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"device={config.device}, but torch sees no CUDA device here; use device=cpu or auto.")
+    if config.device == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"device={config.device}, but torch sees no CUDA device here; use device=cpu or auto."
+        )
+    count, index = torch.cuda.device_count(), int(config.device.partition(":")[2] or 0)
+    if index >= count:
+        raise ValueError(f"device={config.device}, but the CUDA devices here are 0 to {count - 1}.")
     return config.device
 
 
 # ------------------------------------------------------------------ identity
 
-# Keys that change no number.
-_NEUTRAL = ("tracker", "resume", "name", "dry_run")
+# Keys that change no number, or that are part of the fingerprint resolved (device, threads).
+_NEUTRAL = ("tracker", "resume", "name", "dry_run", "device", "threads")
 
 
 def fingerprint(config: RunConfig, device: str) -> str:
-    """sha256 over everything that affects the numbers: config, weights, tokenizer, data, code, device, threads."""
+    """sha256 over all that affects the numbers: config, weights, tokenizer, data, code, device, threads."""
     import torch
 
     from dllmq.models.loading import checkpoint_folder

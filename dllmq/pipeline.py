@@ -29,6 +29,7 @@ from dllmq.methods.base import GroupUpdate
 from dllmq.models.attention import QuantizedProduct
 from dllmq.models.base import Block, BlockContext, GroupRow, absorb_scale, linear_group
 from dllmq.models.linear import QuantLinear
+from dllmq.numerics import Grid, fake_quant
 from dllmq.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -89,10 +90,14 @@ def quantize(
         trajectories = record_trajectories(
             model, prompts, recipe.sampler, recipe.batch_size, recipe.seed, recipe.observe, progress
         )
-    states = draw_states(model, trajectories, recipe.states, recipe.num_states, recipe.batch_size, recipe.seed)
+    states = draw_states(
+        model, trajectories, recipe.states, recipe.num_states, recipe.batch_size, recipe.seed
+    )
     drawn = describe(states)
-    log.info("calibration: %s, %d sequences, %d tokens, by mask-ratio block %s", recipe.states.name,
-             drawn["sequences"], drawn["tokens"], drawn["by_block"])  # fmt: skip
+    log.info(
+        "calibration: %s, %d sequences, %d tokens, by mask-ratio block %s",
+        *(recipe.states.name, drawn["sequences"], drawn["tokens"], drawn["by_block"]),
+    )
     calibrated = time.perf_counter()
     notes = quantize_blocks(model, states, recipe, progress)
     done = time.perf_counter()
@@ -110,6 +115,7 @@ def quantize_blocks(
     model: Any, states: list[CalibrationState], recipe: Recipe, progress: Progress | None = None
 ) -> dict[str, dict[str, float]]:
     """The loop on top of this file; returns the method's notes by group."""
+    assert recipe.weights is not None, "full precision has no loop"
     batches = [_enter(model, state, recipe) for state in states]
     notes: dict[str, dict[str, float]] = {}
     for index, block in enumerate(model.blocks):
@@ -130,7 +136,7 @@ def quantize_blocks(
 def _enter(model: Any, state: CalibrationState, recipe: Recipe) -> _Batch:
     device = model.device
     valid = state.valid.to(device)
-    weight = recipe.token_weight(state).to(device).float() * valid
+    weight = recipe.token_weight(state).to(device).float().masked_fill(~valid, 0.0)
     return _Batch(model.embed(state.tokens.to(device)), model.context(valid.shape[1], valid), valid, weight)
 
 
@@ -157,9 +163,17 @@ def _settle_product(block: Block, batches: list[_Batch], recipe: Recipe) -> None
             scale.range(V.transpose(1, 2)[b.valid])
         if "maps" in scale.needs:
             for b in batches:
-                scale.accumulate(*attention_product(block, b.x, b.ctx, maps=True))
+                V, P = attention_product(block, b.x, b.ctx, maps=True)
+                assert P is not None
+                scale.accumulate(V, _read_map(P, grids.P, b.valid))
         params = scale.result()
     block.product = QuantizedProduct(grids.P, grids.V, params)
+
+
+def _read_map(P: Tensor, grid: Grid | None, valid: Tensor) -> Tensor:
+    """P as the quantized product will have it; rows of pad queries are 0, so that no loss counts them."""
+    P = P if grid is None else fake_quant(P, grid)
+    return P * valid[:, None, :, None]  # [B, heads, Q, L]
 
 
 def _apply(block: Block, row: GroupRow, update: GroupUpdate, recipe: Recipe, dtype: torch.dtype) -> None:
@@ -185,7 +199,7 @@ def quantized_share(model: Any) -> float:
 def weight_bytes(model: Any) -> int:
     """Bytes of all weights: packed codes, scales and zeros where quantized, 2 bytes (bf16) elsewhere."""
     linears = quantized_linears(model)
-    inside = {id(p) for m in linears.values() for p in m.parameters()}
+    inside = {id(m.weight) for m in linears.values()}
     rest = sum(2 * p.numel() for p in model.parameters() if id(p) not in inside)
     return rest + sum(m.quantized.nbytes for m in linears.values())
 
@@ -199,9 +213,12 @@ def check_group_sizes(model: Any, recipe: Recipe) -> None:
     for row in model.topology.groups:
         for name in row.linears:
             inputs = getattr(model.blocks[0], name).weight.shape[1]
-            for key, grid in (("group_size", recipe.weights), ("act_group_size", recipe.inputs)):
+            for key, grid, unit in (
+                ("group_size", recipe.weights, "output channel"),
+                ("act_group_size", recipe.inputs, "token"),
+            ):
                 if grid is not None and grid.group_size > 0 and inputs % grid.group_size:
                     raise ValueError(
-                        f"{key}={grid.group_size} does not divide the {inputs} inputs of {name}; use a divisor of "
-                        f"{inputs}, or -1 for one scale per {'token' if key.startswith('act') else 'output channel'}."
+                        f"{key}={grid.group_size} does not divide the {inputs} inputs of {name}; use a "
+                        f"divisor of {inputs}, or -1 for one scale per {unit}."
                     )

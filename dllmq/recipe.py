@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -17,12 +17,13 @@ from torch import Tensor
 from dllmq.calibration.states import CalibrationState, CleanText, StateSampler
 from dllmq.calibration.values import MinMax, ValueScale
 from dllmq.diffusion import SamplerConfig
-from dllmq.methods import FP, RTN, Method
+from dllmq.methods import FP, Method
 from dllmq.numerics import Grid
 
 FULL_PRECISION_BITS = 16
 
 
+@runtime_checkable
 class TokenWeight(Protocol):
     """Weight c_j >= 0 on a token's squared error. Pads weigh 0 whatever it returns."""
 
@@ -52,11 +53,13 @@ class Bits:
         widths = [int(x) for x in match.groups()] if match else []
         if not match or any(b != FULL_PRECISION_BITS and not 2 <= b <= 8 for b in widths):
             raise ValueError(
-                f"bits={text} is not a width; write w<N>a<M> with N and M from 2 to 8, or 16 for full precision, "
-                "such as w4a4, w4a16 or w3a8."
+                f"bits={text} is not a width; write w<N>a<M> with N and M from 2 to 8, or 16 for full "
+                "precision, such as w4a4, w4a16 or w3a8."
             )
         if widths[0] == FULL_PRECISION_BITS:
-            raise ValueError(f"bits={text} leaves the weights alone; choose w2 to w8, or method=fp for full precision.")
+            raise ValueError(
+                f"bits={text} leaves the weights alone; choose w2 to w8, or method=fp for full precision."
+            )
         return cls(*widths)
 
     def __str__(self) -> str:
@@ -82,13 +85,17 @@ class AttentionGrids:
         if text == "none" or (text == "auto" and not quantized):
             return cls()
         if text in ("v", "pv") and not quantized:
-            raise ValueError(f"attn_bits={text} takes the activation width, but activations are a16; give a width instead.")
+            raise ValueError(
+                f"attn_bits={text} takes the activation width, but activations are a16; give a width instead."
+            )
         if text in ("auto", "pv", "v"):
             grid = Grid(activation)
             return cls(P=None if text == "v" else grid, V=grid)
         if text.isdigit() and 2 <= int(text) <= 8:
             return cls(P=Grid(int(text)), V=Grid(int(text)))
-        raise ValueError(f"attn_bits={attn_bits} is not known; it is auto, none, v, pv or a width from 2 to 8.")
+        raise ValueError(
+            f"attn_bits={attn_bits} is not known; it is auto, none, v, pv or a width from 2 to 8."
+        )
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,8 @@ class Recipe:
     """Everything `pipeline.quantize` needs beside a model and prompts.
 
     Attributes:
-        method: the baseline; weights: grid of the block linears' weights; inputs: of their inputs, None at a16.
+        method: the baseline; weights: grid of the block linears' weights; inputs: of their inputs, None at
+            a16.
         attention: grids of P and V.
         states: which states calibrate; token_weight, value_scale: the two other seams.
         num_states: calibration sequences; batch_size: sequences a forward.
@@ -112,14 +120,15 @@ class Recipe:
     value_scale: Callable[[Grid], ValueScale] = MinMax
     num_states: int = 128
     batch_size: int = 16
-    sampler: SamplerConfig = SamplerConfig()
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     observe: str = "masked"
     seed: int = 0
 
     def inert(self) -> list[str]:
         """Switches without effect in this combination, each with its reason: "tmas: ..."."""
         out = []
-        calibrated = not isinstance(self.method, RTN | FP) or self.attention.V is not None
-        if self.states.name != "clean" and not calibrated:
+        full_precision = isinstance(self.method, FP) or self.weights is None
+        reads_states = bool(self.method.needs) or self.attention.V is not None
+        if self.states.name != "clean" and (full_precision or not reads_states):
             out.append(f"{self.states.name}: {type(self.method).__name__} reads no calibration states")
         return out

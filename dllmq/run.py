@@ -13,9 +13,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
-from dllmq.config import Plan, check_cell, slug, sweep_folder
+from dllmq.config import Plan, check_cell, load, slug, sweep_folder
+from dllmq.report.callback import complain, finish_sweep
 
 console = Console()
 
@@ -28,12 +30,11 @@ def run(cfg: DictConfig) -> None:
     name = slug(hydra_config.job.override_dirname or "default")
     plan = check_cell(cfg)
     if plan.config.dry_run:
-        console.print(describe(plan, name), markup=False, highlight=False)
+        console.print(describe(plan, name), markup=False, highlight=False, soft_wrap=True)
         return
     import torch
 
     from dllmq.cell import Cell
-    from dllmq.report.callback import finish_sweep
     from dllmq.report.progress import progress_bar
 
     if plan.config.threads is not None:
@@ -50,26 +51,33 @@ def guarded(cfg: DictConfig) -> None:
     try:
         run(cfg)
     except Exception as error:
-        from dllmq.report.results import STATUS, write_json_atomic
+        from dllmq.report.results import RESULTS, STATUS, write_json_atomic
 
         expected = isinstance(error, ValueError)
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        sentence = first if expected else f"{type(error).__name__}: {first}"
+        first = " ".join(str(error).split()) or "no message"
+        sentence = first if expected else f"{type(error).__name__}: {first[:300]}"
         hydra_config = HydraConfig.get()
         folder = Path(hydra_config.runtime.output_dir)
         name = slug(hydra_config.job.override_dirname or "default")
-        status = {"status": "failed", "run_name": name, "error": sentence, "axes": axes(cfg), "command": command()}
-        write_json_atomic(folder / STATUS, status | {"traceback": traceback.format_exc()})
+        status = {
+            "status": "failed",
+            "run_name": name,
+            "error": sentence,
+            "axes": axes(cfg),
+            "command": command(),
+            "traceback": traceback.format_exc(),
+        }
+        write_json_atomic(folder / STATUS, status)
+        if (folder / RESULTS).exists():  # of another configuration or code: not to be taken for this one's
+            (folder / RESULTS).replace(folder / "results.stale.json")
         where = "" if expected else f" (the traceback is in {folder / STATUS})"
-        Console(stderr=True).print(f"{name}: {sentence}{where}", style="red", markup=False, highlight=False, soft_wrap=True)
+        complain(f"{name}: {sentence}{where}")
         if hydra_config.mode != RunMode.MULTIRUN:
             sys.exit(1)
 
 
 def axes(cfg: DictConfig) -> dict[str, object]:
     """The axes of a run that failed, as far as its config can be read."""
-    from dllmq.config import load
-
     try:
         return load(cfg).axes()
     except ValueError:
@@ -84,12 +92,18 @@ def command() -> str:
 def describe(plan: Plan, name: str) -> str:
     """A dry run's answer."""
     config, recipe = plan.config, plan.recipe
+    size = f"{plan.parameters / 1e6:.2f} M parameters" if plan.parameters else "not on this disk, not checked"
     lines = [
         f"{name}: checked, nothing run",
-        f"  model        {config.model_path} ({plan.parameters / 1e6:.2f} M parameters), {plan.device}",
+        f"  model        {config.model_path} ({size}), {plan.device}",
         f"  method       {recipe.method}",
-        f"  widths       {config.widths()}, weights {recipe.weights}, inputs {recipe.inputs}, attention {recipe.attention}",
-        f"  calibration  {recipe.states.name}, {recipe.num_states} sequences from {config.calibration.num_prompts} prompts",
+        f"  widths       {config.axes()['bits']}",
+        f"  weights      {recipe.weights}",
+        f"  inputs       {recipe.inputs or 'full precision'}",
+        f"  attention P  {recipe.attention.P or 'full precision'}",
+        f"  attention V  {recipe.attention.V or 'full precision'}",
+        f"  calibration  {recipe.states.name}, {recipe.num_states} sequences from "
+        f"{config.calibration.num_prompts} prompts",
         f"  tasks        {', '.join(config.tasks.names)}, {config.eval.limit or 'all'} problems each",
         *(f"  no effect    {line}" for line in recipe.inert()),
     ]
@@ -109,8 +123,10 @@ def arguments(argv: list[str]) -> list[str]:
 
 def main() -> None:
     """Entry point."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[
-        RichHandler(console=console, show_path=False, show_level=False, markup=False, highlighter=None)])  # fmt: skip
+    handler = RichHandler(
+        console=console, show_path=False, show_level=False, markup=False, highlighter=NullHighlighter()
+    )
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     for noisy in ("httpx", "urllib3", "datasets", "transformers", "matplotlib", "wandb"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="hydra")

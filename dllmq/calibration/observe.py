@@ -1,9 +1,9 @@
-"""Reading a block's insides over the calibration states: a group's input, and V (and P) of its attention product."""
+"""Reading a block's insides: the input of a group of linears, and V (and P) of the attention product."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +34,8 @@ def _stopping_hook(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator
 def group_input(block: Block, linear: str, x: Tensor, ctx: BlockContext) -> Tensor:
     """The input of one linear when the block runs on x [B, L, d]; nothing after it is computed."""
     seen: list[Tensor] = []
-    with _stopping_hook(getattr(block, linear), seen.append):
-        try:
-            block(x, ctx)
-        except _Seen:
-            pass
+    with _stopping_hook(getattr(block, linear), seen.append), suppress(_Seen):
+        block(x, ctx)
     return seen[0]
 
 
@@ -62,9 +59,8 @@ def attention_product(block: Block, x: Tensor, ctx: BlockContext, maps: bool) ->
     kept = block.product
     block.product = _ObservedProduct(lambda V, P: seen.append((V, P)), maps)
     try:
-        block(x, ctx)
-    except _Seen:
-        pass
+        with suppress(_Seen):
+            block(x, ctx)
     finally:
         block.product = kept
     return seen[0]

@@ -19,19 +19,23 @@ def read_prompts(path: Path, count: int) -> list[str]:
         ValueError: a line that is no JSON object with such a field, or too few lines.
     """
     texts: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # not splitlines(): it also splits at U+2028 and the like, which JSON strings may hold
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
             doc = json.loads(line)
             text = next(doc[f] for f in FIELDS if isinstance(doc.get(f), str))
         except (json.JSONDecodeError, AttributeError, StopIteration) as error:
-            raise ValueError(f"{path}, line {number}: need a JSON object with one of {', '.join(FIELDS)}.") from error
+            raise ValueError(
+                f"{path}, line {number}: need a JSON object with one of {', '.join(FIELDS)}."
+            ) from error
         texts.append(text)
         if len(texts) == count:
             return texts
     raise ValueError(
-        f"{path} has {len(texts)} prompts, but {count} are needed (calibration.num_prompts + eval.fidelity_prompts)."
+        f"{path} has {len(texts)} prompts, but {count} are needed (calibration.num_prompts + "
+        "eval.fidelity_prompts): ask for fewer, or add lines."
     )
 
 
@@ -39,7 +43,10 @@ def encode_prompts(texts: list[str], tokenizer: Any, chat_template: bool) -> lis
     """Token ids [P] of each text, in the chat layout if asked for, without special tokens added."""
     if chat_template:
         texts = [
-            tokenizer.apply_chat_template([{"role": "user", "content": t}], tokenize=False, add_generation_prompt=True)
-            for t in texts
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+            for text in texts
         ]
-    return [torch.tensor(tokenizer(t, add_special_tokens=False)["input_ids"], dtype=torch.long) for t in texts]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return [torch.tensor(row, dtype=torch.long) for row in ids]

@@ -1,8 +1,8 @@
 """Calibration states: which (x_t, mask) pairs the statistics are taken on.
 
-The full-precision sampler runs once on the calibration prompts and every state is kept (`record_trajectories`). A
-`StateSampler` draws the calibration set from it. All samplers draw the same number of sequences from the same prompts on
-the same canvas, so only the masking differs:
+The full-precision sampler runs once on the calibration prompts and every state is kept
+(`record_trajectories`). A `StateSampler` draws the calibration set from it. All samplers draw the same number
+of sequences from the same prompts on the same canvas, so only the masking differs:
 
     clean        x_0, the end of the trajectory: fully visible text, what an autoregressive PTQ calibrates on
     random_mask  x_0 masked by the forward process, t ~ U(0, 1)
@@ -15,14 +15,15 @@ Legend: S steps of a trajectory, L canvas, B batch. Mask ratios count the respon
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllmq.diffusion import SamplerConfig, apply, denoise
+from dllmq.diffusion import SamplerConfig, apply, denoise, mask_tokens
+from dllmq.diffusion.predict import logits_at
 
 Progress = Callable[[int, int, str], None]
 
@@ -91,6 +92,7 @@ class Trajectory:
         )
 
 
+@runtime_checkable
 class StateSampler(Protocol):
     """Draws `count` states from recorded trajectories.
 
@@ -99,10 +101,13 @@ class StateSampler(Protocol):
         rescored: whether the states lie off the trajectory, so that their scores take a forward of the model.
     """
 
-    name: str
-    rescored: bool
-
-    def __call__(self, trajectories: list[Trajectory], count: int, mask_id: int, rng: torch.Generator) -> list[RowState]: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def rescored(self) -> bool: ...
+    def __call__(
+        self, trajectories: list[Trajectory], count: int, mask_id: int, rng: torch.Generator
+    ) -> list[RowState]: ...
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,10 @@ class CleanText:
     name: str = "clean"
     rescored: bool = False
 
-    def __call__(self, trajectories: list[Trajectory], count: int, mask_id: int, rng: torch.Generator) -> list[RowState]:
-        return [_clean(trajectories[i], i) for i in _spread(len(trajectories), count, rng)]
+    def __call__(
+        self, trajectories: list[Trajectory], count: int, mask_id: int, rng: torch.Generator
+    ) -> list[RowState]:
+        return [_clean(trajectories[i], i, mask_id) for i in _spread(len(trajectories), count, rng)]
 
 
 @dataclass(frozen=True)
@@ -123,16 +130,18 @@ class RandomMask:
     name: str = "random_mask"
     rescored: bool = True
 
-    def __call__(self, trajectories: list[Trajectory], count: int, mask_id: int, rng: torch.Generator) -> list[RowState]:
+    def __call__(
+        self, trajectories: list[Trajectory], count: int, mask_id: int, rng: torch.Generator
+    ) -> list[RowState]:
         rows = []
         for i in _spread(len(trajectories), count, rng):
-            clean = _clean(trajectories[i], i)
+            clean = _clean(trajectories[i], i, mask_id)
             t = torch.rand(1, generator=rng)
-            masked = torch.rand(clean.tokens.shape, generator=rng) < t
-            masked[: clean.prompt_length] = False
-            tokens = torch.where(masked, mask_id, clean.tokens)
+            response = torch.arange(len(clean.tokens)) >= clean.prompt_length
+            x_t, _ = mask_tokens(clean.tokens[None], response[None], t, mask_id, rng)
+            tokens = x_t[0]
             step = int((1 - float(t)) * trajectories[i].num_steps)
-            rows.append(RowState(tokens, masked, clean.score, clean.prompt_length, i, step))
+            rows.append(RowState(tokens, tokens == mask_id, clean.score, clean.prompt_length, i, step))
         return rows
 
 
@@ -143,7 +152,9 @@ class UniformTrajectory:
     name: str = "uniform"
     rescored: bool = False
 
-    def __call__(self, trajectories: list[Trajectory], count: int, mask_id: int, rng: torch.Generator) -> list[RowState]:
+    def __call__(
+        self, trajectories: list[Trajectory], count: int, mask_id: int, rng: torch.Generator
+    ) -> list[RowState]:
         rows = []
         for i in _spread(len(trajectories), count, rng):
             index = int(torch.randint(len(trajectories[i]), (1,), generator=rng))
@@ -151,10 +162,15 @@ class UniformTrajectory:
         return rows
 
 
-def _clean(trajectory: Trajectory, prompt: int) -> RowState:
-    nothing = torch.zeros_like(trajectory.masked[0])
+def _clean(trajectory: Trajectory, prompt: int, mask_id: int) -> RowState:
+    """x_0; what the sampler left masked (a predicted mask id, a mask in the prompt) counts as masked."""
     return RowState(
-        trajectory.final, nothing, torch.zeros(len(nothing)), trajectory.prompt_length, prompt, trajectory.num_steps
+        tokens=trajectory.final,
+        masked=trajectory.final == mask_id,
+        score=torch.zeros(len(trajectory.final)),
+        prompt_length=trajectory.prompt_length,
+        prompt=prompt,
+        step=trajectory.num_steps,
     )
 
 
@@ -181,7 +197,7 @@ def batched(indices: list[int], lengths: list[int], batch_size: int) -> list[lis
 @torch.no_grad()
 def record_trajectories(
     model: Any,
-    prompts: list[Int[Tensor, " P"]],
+    prompts: list[Int[Tensor, " _"]],
     sampler: SamplerConfig,
     batch_size: int,
     seed: int = 0,
@@ -202,9 +218,12 @@ def record_trajectories(
         ids = left_pad([prompts[i] for i in group], model.config.eos_token_id, width)
         keep = left_pad([torch.ones_like(prompts[i]) for i in group], 0, width)
         rng = torch.Generator(device=model.device).manual_seed(seed + number)
-        steps, final = [], ids
-        for step in denoise(model, ids.to(model.device), sampler, keep.to(model.device), rng, observe=observe):
-            steps.append((step.index, *(t.cpu() for t in (step.tokens, step.masked, step.score, step.committed))))
+        steps: list[tuple[Any, ...]] = []
+        final = ids
+        on_device = ids.to(model.device), sampler, keep.to(model.device)
+        for step in denoise(model, *on_device, rng, observe=observe):
+            kept = (step.tokens, step.masked, step.score, step.committed)
+            steps.append((step.index, *(t.cpu() for t in kept)))
             final = apply(step).cpu()
             if progress is not None:
                 progress(number * sampler.steps + step.index + 1, len(groups) * sampler.steps, "trajectories")
@@ -251,6 +270,8 @@ def draw_states(
     """The calibration set of a run: states drawn by `sampler`, batched, with full-precision scores."""
     if count < 1:
         raise ValueError(f"calibration.num_states is {count}; it must be at least 1.")
+    if not trajectories:
+        raise ValueError("there are no calibration prompts, so no states to calibrate on: give at least one.")
     rng = torch.Generator().manual_seed(seed)
     rows = sampler(trajectories, count, model.config.mask_token_id, rng)
     states = batches_of(rows, batch_size, model.config.eos_token_id, trajectories[0].num_steps)
@@ -258,14 +279,15 @@ def draw_states(
 
 
 def _rescore(model: Any, state: CalibrationState) -> CalibrationState:
-    """Scores of states the sampler did not visit: softmax probability of the arg max at the masked positions."""
-    from dataclasses import replace
-
+    """Scores of states the sampler did not visit: probability of the arg max, at the masked positions."""
+    masked = state.masked.to(model.device)
     h = model.hidden_states(state.tokens.to(model.device), state.valid.to(model.device))
-    logits = model.head(h[state.masked.to(model.device)]).float()
     score = torch.zeros_like(state.score)
-    if len(logits):
-        score[state.masked] = torch.softmax(logits, -1).amax(-1).cpu()
+    found = [
+        torch.softmax(logits.float(), -1).amax(-1).cpu() for logits in logits_at(model, (h,), masked, 0.0)
+    ]
+    if found:
+        score[state.masked] = torch.cat(found)
     return replace(state, score=score)
 
 
@@ -284,7 +306,7 @@ def describe(states: list[CalibrationState], blocks: int = 4) -> dict[str, Any]:
 
 
 def ratio_block(ratio: Float[Tensor, " N"], blocks: int = 4) -> Int[Tensor, " N"]:
-    """Block of a mask ratio: equal intervals, block 0 the most masked; k with 1 - (k+1)/K < ratio <= 1 - k/K."""
+    """Equal intervals of the mask ratio, block 0 the most masked: 1 - (k+1)/K < ratio <= 1 - k/K."""
     return torch.clamp(torch.floor((1 - ratio) * blocks + 1e-6).long(), 0, blocks - 1)
 
 

@@ -1,6 +1,6 @@
 """Statistics of a group's input over the calibration states, streamed: only sums are held, not the inputs.
 
-Legend: x_j input of token j [I], c_j its weight (CGQ's token weight times validity), H = 2 sum_j c_j x_j x_j^T.
+Legend: x_j input of token j [I], c_j its weight (the token weight, 0 at pads), H = 2 sum_j c_j x_j x_j^T.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class StatsCollector:
     weight_sum: float = 0.0
     inputs: list[GroupInput] = field(default_factory=list)
 
-    def add(self, X: Float[Tensor, "B L I"], weight: Float[Tensor, "B L"], valid: Bool[Tensor, "B L"]) -> None:
+    def add(
+        self, X: Float[Tensor, "B L I"], weight: Float[Tensor, "B L"], valid: Bool[Tensor, "B L"]
+    ) -> None:
         """One batch of group inputs; pads carry weight 0 and are left out of every sum."""
         flat, c = X[valid].float(), weight[valid]  # [N, I], [N]
         if "gram" in self.needs:

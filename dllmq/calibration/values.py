@@ -1,7 +1,8 @@
 """The static scale of the attention values V: range over the calibration states, then a choice of scale.
 
-Two streaming passes, so attention maps are never all held: `range` sees V, `accumulate` sees V and P where a scale
-needs them. One scale per layer and granularity group: the whole tensor, each head, or each channel of each head.
+Two streaming passes, so attention maps are never all held: `range` sees V, `accumulate` sees V and P where a
+scale needs them. One scale per layer and granularity group: the whole tensor, each head, or each channel of
+each head.
 
 Legend: V [N, kv, h] values of N valid tokens, kv heads of width h; s scale, z zero.
 """
@@ -9,7 +10,7 @@ Legend: V [N, kv, h] values of N valid tokens, kv heads of width h; s scale, z z
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,7 @@ from dllmq.numerics import Grid, Params
 GRANULARITIES = ("tensor", "head", "channel")
 
 
+@runtime_checkable
 class ValueScale(Protocol):
     """Settles V's parameters for one layer; a fresh one is made for each."""
 
@@ -32,7 +34,7 @@ class ValueScale(Protocol):
 
 @dataclass
 class MinMax:
-    """s = (max - min) / (2^b - 1), z = round(-min / s), the range widened to contain 0: IA-AQ off, alpha = 1."""
+    """s = (max - min) / (2^b - 1), z = round(-min / s), range widened to contain 0. IA-AQ off: alpha = 1."""
 
     grid: Grid
     granularity: str = "head"
@@ -42,11 +44,17 @@ class MinMax:
 
     def __post_init__(self) -> None:
         if self.granularity not in GRANULARITIES:
-            raise ValueError(f"value granularity is {self.granularity!r}; it must be one of {', '.join(GRANULARITIES)}.")
+            raise ValueError(
+                f"value_granularity is {self.granularity!r}; it must be one of {', '.join(GRANULARITIES)}."
+            )
+        assert not self.grid.symmetric, "V's grid is asymmetric"
 
     def range(self, V: Float[Tensor, "N kv h"]) -> None:
         axes = {"tensor": (0, 1, 2), "head": (0, 2), "channel": (0,)}[self.granularity]
-        low, high = V.float().amin(axes, keepdim=True)[0], V.float().amax(axes, keepdim=True)[0]  # [kv|1, h|1]
+        low, high = (
+            V.float().amin(axes, keepdim=True)[0],
+            V.float().amax(axes, keepdim=True)[0],
+        )  # [kv|1, h|1]
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
 

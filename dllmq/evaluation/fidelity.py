@@ -24,7 +24,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dllmq.calibration.states import CalibrationState, RowState, Trajectory, batches_of, iterate_rows, ratio_block
+from dllmq.calibration.states import (
+    CalibrationState,
+    RowState,
+    Trajectory,
+    batches_of,
+    iterate_rows,
+    ratio_block,
+)
 from dllmq.evaluation.statistics import mean_stderr
 
 BLOCKS = 4
@@ -43,16 +50,16 @@ class FidelityReference:
 
     states: list[CalibrationState]
     positions: list[Tensor]
-    log_probs: list[Float[Tensor, "n E"]]
-    prompt: list[Int[Tensor, " B"]]
+    log_probs: list[Float[Tensor, "_ E"]]
+    prompt: list[Int[Tensor, " _"]]
 
 
 @dataclass(frozen=True)
 class Fidelity:
     """Figures {"kl", "top1"} with value, stderr, n (states), and the curves."""
 
-    values: dict[str, dict[str, float]]
-    curves: dict[str, dict[str, list[float]]]
+    values: dict[str, dict[str, float | int]]
+    curves: dict[str, dict[str, list[float | int]]]
 
 
 def select_states(trajectories: list[Trajectory], count: int, seed: int) -> list[RowState]:
@@ -131,7 +138,7 @@ def measure(model: Any, ref: FidelityReference, progress: Progress | None = None
     return Fidelity(values, curves)
 
 
-def _clustered(per_state: Tensor, prompt: Tensor) -> dict[str, float]:
+def _clustered(per_state: Tensor, prompt: Tensor) -> dict[str, float | int]:
     """Mean over states; standard error over prompts (ratio estimator: prompts have unequal numbers of states)."""
     mean = per_state.mean()
     ids, inverse = prompt.unique(return_inverse=True)
@@ -141,7 +148,7 @@ def _clustered(per_state: Tensor, prompt: Tensor) -> dict[str, float]:
     return {"value": float(mean), "stderr": float(stderr), "n": len(per_state)}
 
 
-def _curve(x: Tensor, values: Tensor) -> dict[str, list[float]]:
+def _curve(x: Tensor, values: Tensor) -> dict[str, list[float | int]]:
     ids, inverse = x.unique(return_inverse=True)
     sums = torch.zeros(len(ids)).index_add_(0, inverse, values)
     return {"step": ids.tolist(), "value": (sums / torch.bincount(inverse)).tolist()}
@@ -151,7 +158,12 @@ def save_reference(ref: FidelityReference, path: Path) -> None:
     """Writes a reference as safetensors, whole or not at all."""
     tensors = {"num_steps": torch.tensor(ref.states[0].num_steps)}
     for i, state in enumerate(ref.states):
-        parts = {"tokens": state.tokens, "masked": state.masked, "valid": state.valid, "response": state.response}
+        parts = {
+            "tokens": state.tokens,
+            "masked": state.masked,
+            "valid": state.valid,
+            "response": state.response,
+        }
         parts |= {"score": state.score, "step": state.step, "positions": ref.positions[i]}
         parts |= {"log_probs": ref.log_probs[i], "prompt": ref.prompt[i]}
         tensors |= {f"{i}.{name}": t.contiguous().clone() for name, t in parts.items()}

@@ -163,7 +163,11 @@ class DiffusionLM(LM):
         return answers
 
     def _denoise(self, prompts: list[list[int]], index: int, num_batches: int) -> list[list[int]]:
-        """The generated tokens of one batch."""
+        """The generated tokens of one batch.
+
+        With eos_cut = first it ends as soon as every row's answer is settled (an EOS with no mask before it: nothing
+        before the cut can change any more, so the answers are those of the full run). What is left stays masked.
+        """
         sampler = self.settings.sampler
         prompt_ids, attention_mask = left_pad(prompts, pad=self.eos_ids[0] if self.eos_ids else 0)
         generator = torch.Generator(self.model.device).manual_seed(_seed(self.settings.seed, index))
@@ -171,8 +175,16 @@ class DiffusionLM(LM):
             if self.progress is not None:
                 done = index * sampler.steps + step.index + 1
                 self.progress(done, num_batches * sampler.steps, "denoising steps")
+            if self.settings.eos_cut == "first" and self._settled(apply(step)[:, prompt_ids.shape[1] :]):
+                break
         generated: list[list[int]] = apply(step)[:, prompt_ids.shape[1] :].tolist()
         return generated
+
+    def _settled(self, generated: Tensor) -> bool:
+        """Whether every row [B, gen_length] has an EOS or EoT with no mask before it."""
+        open_ = generated == self.model.config.mask_token_id
+        ended = torch.isin(generated, torch.tensor(self.eos_ids, device=generated.device))
+        return bool((ended & (open_.cumsum(1) == 0)).any(1).all())
 
     def _finish(self, tokens: list[int], request: Instance) -> str:
         until = request.args[1].get("until") or []

@@ -1,7 +1,7 @@
-"""Small programs in HumanEval's schema: a signature and docstring, a reference solution, and asserts that run it.
+"""Small programs in HumanEval's schema: a signature and docstring, a reference solution, asserts that run it.
 
-Lists: filter, then map, then reduce, with constants; strings: two operations and a reduction; numbers: a branch.
-The operations are the composition, the constants the numbers.
+Lists: filter, then map, then reduce, with constants; strings: two operations and a reduction; numbers: a
+branch. The operations are the composition, the constants the numbers.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ class CodeProblem:
 
     @property
     def test(self) -> str:
-        asserts = [f"    assert candidate({x!r}) == {y!r}" for x, y in zip(self.inputs, self.expected, strict=True)]
+        asserts = [
+            f"    assert candidate({x!r}) == {y!r}" for x, y in zip(self.inputs, self.expected, strict=True)
+        ]
         return "\n".join(["def check(candidate):", *asserts, ""])
 
 
@@ -110,13 +112,13 @@ def _lists(rng: Random, name: str) -> CodeProblem:
             numbers.append(k)
         parts.append((words.format(k=k), code.format(k=k)))
     (keep, condition), (change, value), (end, result) = parts
-    body = (
-        f"    ys = [x for x in xs if {condition}]\n    zs = [{value} for x in ys]\n    return {result}\n"
-    )
+    body = f"    ys = [x for x in xs if {condition}]\n    zs = [{value} for x in ys]\n    return {result}\n"
     inputs: list[object] = [[rng.randint(-40, 60) for _ in range(rng.randint(4, 9))] for _ in range(5)]
     special = [n for n in numbers if isinstance(n, int)] or [0]
     inputs += [[], [special[0], special[0] + 1, special[0] - 1, special[0] * 2, special[-1], special[-1]]]
-    return CodeProblem(name, "xs", f"{keep}, {change} and {end}.", body, tuple(inputs), ("list", *keys), tuple(numbers))
+    return CodeProblem(
+        name, "xs", f"{keep}, {change} and {end}.", body, tuple(inputs), ("list", *keys), tuple(numbers)
+    )
 
 
 def _strings(rng: Random, name: str) -> CodeProblem:
@@ -131,15 +133,24 @@ def _strings(rng: Random, name: str) -> CodeProblem:
     last, result = (part.format(c=letters[4], k=k) for part in _STRING_ENDS[end])
     docstring = f"Take s {one[0]} and then {two[0]} and {last}."
     body = f"    t = s.{one[1]}\n    t = t.{two[1]}\n    return {result}\n"
-    used = [letters[2 * i : 2 * i + 2 if key == "swap" else 2 * i + 1] for i, key in enumerate((first, second)) if key in ("drop", "swap")]
+    used = [
+        letters[2 * i : 2 * i + 2 if key == "swap" else 2 * i + 1]
+        for i, key in enumerate((first, second))
+        if key in ("drop", "swap")
+    ]
     numbers: tuple[object, ...] = tuple(letter for pair in used for letter in pair)
     numbers += (letters[4],) if end == "counts" else (k,) if "{k}" in _STRING_ENDS[end][0] else ()
-    inputs = [_text(rng, letters) for _ in range(5)] + ["", f" {''.join(letters)} {''.join(letters).upper()} "]
+    inputs = [_text(rng, letters) for _ in range(5)] + [
+        "",
+        f" {''.join(letters)} {''.join(letters).upper()} ",
+    ]
     return CodeProblem(name, "s", docstring, body, tuple(inputs), ("string", first, second, end), numbers)
 
 
 def _text(rng: Random, letters: list[str]) -> str:
-    words = ["".join(rng.choice([*letters, "x", "Y", "q"]) for _ in range(rng.randint(1, 6))) for _ in range(3)]
+    words = [
+        "".join(rng.choice([*letters, "x", "Y", "q"]) for _ in range(rng.randint(1, 6))) for _ in range(3)
+    ]
     return rng.choice((" ", "")) + " ".join(words) + rng.choice((" ", ""))
 
 
@@ -149,9 +160,8 @@ def _branches(rng: Random, name: str) -> CodeProblem:
     a_op, b_op = (rng.choice(list(_ARITHMETIC)) for _ in range(2))
     k, a, b = rng.randint(2, 60), rng.randint(2, 20), rng.randint(2, 20)
     docstring = f"If n is {comparison} {k} return n {a_op} {a}, otherwise return n {b_op} {b}."
-    body = (
-        f"    if n {test} {k}:\n        return n {_ARITHMETIC[a_op]} {a}\n    return n {_ARITHMETIC[b_op]} {b}\n"
-    )
+    yes, no = f"n {_ARITHMETIC[a_op]} {a}", f"n {_ARITHMETIC[b_op]} {b}"
+    body = f"    if n {test} {k}:\n        return {yes}\n    return {no}\n"
     inputs = (k, k + 1, k - 1, 0, -k, k * 2, rng.randint(0, 90))
     return CodeProblem(name, "n", docstring, body, inputs, ("branch", comparison, a_op, b_op), (k, a, b))
 

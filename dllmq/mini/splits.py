@@ -1,9 +1,9 @@
 """Which split a generated problem belongs to: decided by hashes of what it is made of, so nothing can leak.
 
-A problem has two keys: its *composition* (family and the template of every sentence, or the operations of a program)
-and its *numbers* (the tuple of all its constants). Each key is hashed to train, dev or test. A training problem has
-both keys in train. A test problem has at least one key in test and none in dev (and likewise for dev), so it is new by
-composition, by numbers, or by both.
+A problem has two keys: its *composition* (family and the template of every sentence, or the operations of a
+program) and its *numbers* (the tuple of all its constants). Each key is hashed to train, dev or test. A
+training problem has both keys in train. A test problem has at least one key in test and none in dev (and
+likewise for dev), so it is new by composition, by numbers, or by both.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The embedded model's tasks as data sets: generated problems in the field's own schemas, split without leakage.
+"""The embedded model's tasks as data sets: generated problems in the field's schemas, split without leakage.
 
 mini_gsm    GSM8K's schema: question, answer (worked, ends in `#### N`)
 mini_code   HumanEval's schema: task_id, prompt, canonical_solution, test, entry_point
@@ -65,8 +65,11 @@ def stream(task: str, split: Split, seed: int = 0) -> Iterator[Doc]:
         ValueError: unknown task or split.
     """
     if task not in TASKS or split not in SPLITS:
-        raise ValueError(f"got task {task!r}, split {split!r}; tasks are {', '.join(TASKS)}, splits {', '.join(SPLITS)}.")
-    rng, seen = Random(f"{task}/{split}/{seed}"), set()
+        raise ValueError(
+            f"got task {task!r}, split {split!r}; tasks are {', '.join(TASKS)}, splits {', '.join(SPLITS)}."
+        )
+    rng = Random(f"{task}/{split}/{seed}")
+    seen: set[str] = set()
     while True:
         doc, belongs, held_out = _draw(task, rng)
         text = doc.get("question") or doc["prompt"]

@@ -1,7 +1,7 @@
-"""The embedded model's tokenizer: whole words where the tasks use them, single digits, bytes for everything else.
+"""The embedded model's tokenizer: whole words where the tasks use them, single digits, bytes for the rest.
 
-A saved Hugging Face fast tokenizer with LLaDA's special-token roles and chat layout. It is a byte-level vocabulary with
-a word list and no merges, so any text (code, emoji) makes the round trip byte for byte.
+A saved Hugging Face fast tokenizer with LLaDA's special-token roles and chat layout. It is a byte-level
+vocabulary with a word list and no merges, so any text (code, emoji) makes the round trip byte for byte.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dllmq.mini.word_problems import draw_word_problem
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
 HEADER, HEADER_END, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 SPECIAL = (EOS, BOS, MASK, HEADER, HEADER_END, EOT)
-# LLaDA's chat text: BOS once, then per message header role header-end, two newlines, trimmed content, end of turn.
+# LLaDA's chat text: BOS once, then per message header role header-end, two newlines, trimmed content, EoT.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     f"{{{{ '{HEADER}' + message['role'] + '{HEADER_END}\n\n' + message['content'] | trim + '{EOT}' }}}}"
@@ -63,7 +63,12 @@ def build_tokenizer(min_count: int = 20) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS, mask_token=MASK, padding_side="left"
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        mask_token=MASK,
+        padding_side="left",
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast

@@ -1,12 +1,12 @@
 """Trains the embedded model from generated problems: `python -m dllmq.mini.train --out FOLDER`.
 
-LLaDA's architecture and objective (predict masked tokens from a bidirectional forward); the published folder format
-comes out. Runs on 2 CPU cores within two hours, or on a GPU with --device cuda. An interrupted run continues from its
-last checkpoint with the same command.
+LLaDA's architecture and objective (predict masked tokens from a bidirectional forward); the published folder
+format comes out. Runs on 2 CPU cores within two hours, or on a GPU with --device cuda. An interrupted run
+continues from its last checkpoint with the same command.
 
-Recipe: Muon on the blocks' matrices, AdamW on embeddings, head and norms; warm-up, constant, linear decay to zero
-(WSD); bf16 autocast. The loss is the weighted mean cross-entropy over masked tokens, without the 1/t factor: it has the
-same minimiser and less variance.
+Recipe: Muon on the blocks' matrices, AdamW on embeddings, head and norms; warm-up, constant, linear decay to
+zero (WSD); bf16 autocast. The loss is the weighted mean cross-entropy over masked tokens, without the 1/t
+factor: it has the same minimiser and less variance.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerFast
@@ -47,7 +47,7 @@ class TrainConfig:
     warmup: int = 100
     decay: float = 0.35  # share of the steps
     rows: int = 128
-    muon_lr: float = 0.008  # 0.02 saturates the attention (logits beyond 200, no copying): there is no QK-norm
+    muon_lr: float = 0.008  # 0.02 saturates the attention (logits beyond 200): there is no QK-norm
     adam_lr: float = 2e-3
     muon_weight_decay: float = 0.1
     adam_weight_decay: float = 0.01
@@ -77,11 +77,11 @@ def model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> LLa
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
     """Warm-up, constant, linear decay to zero."""
     left = (config.steps - step) / max(1, config.decay * config.steps)
-    return min(1.0, (step + 1) / config.warmup, max(left, 0.0))
+    return min(1.0, (step + 1) / max(1, config.warmup), max(left, 0.0))
 
 
 def loss_on(model: LLaDA, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Weighted mean cross-entropy over the masked tokens, and the share predicted right (weight >= 1 only)."""
+    """Weighted mean cross-entropy over the masked tokens, and the share predicted right (of weight >= 1)."""
     x_t = torch.where(batch.masked, model.config.mask_token_id, batch.tokens)
     logits = model.head(model.hidden_states(x_t)[batch.masked]).float()  # [n, E]
     target, weight = batch.tokens[batch.masked], batch.weight[batch.masked]
@@ -103,11 +103,16 @@ def save_published(model: LLaDA, tokenizer: PreTrainedTokenizerFast, folder: Pat
     """config.json, model.safetensors in bf16 and the tokenizer, in the published LLaDA format."""
     folder.mkdir(parents=True, exist_ok=True)
     fields = {k: v for k, v in asdict(model.config).items() if v is not None}
-    fields |= {"architectures": ["LLaDAModelLM"], "model_type": "llada", "activation_type": "silu", "block_type": "llama"}
-    fields |= {"layer_norm_type": "rms", "rope": True, "include_bias": False, "torch_dtype": "bfloat16"}
+    fields |= {"architectures": ["LLaDAModelLM"], "model_type": "llada", "block_type": "llama", "rope": True}
+    fields |= {"layer_norm_type": "rms", "activation_type": "silu", "include_bias": False}
+    fields |= {"torch_dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     state = {name: p.detach().to(torch.bfloat16).cpu().contiguous() for name, p in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    part = folder / "model.safetensors.part"
+    part.write_bytes(
+        save(state, metadata={"format": "pt"})
+    )  # save_file's would be readable by its owner only
+    os.replace(part, folder / "model.safetensors")
     tokenizer.save_pretrained(folder)
 
 
@@ -135,7 +140,8 @@ def train(
     With several workers each takes its share of every batch's rows and gradients are averaged.
     """
     torch.manual_seed(config.seed)
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # short rows: plain bf16 attention beats flash on CPU
+    # short rows: plain bf16 attention beats flash on CPU
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     tokenizer = build_tokenizer()
     model = LLaDA(model_config(config, tokenizer))
     model.init_weights(torch.Generator().manual_seed(config.seed))
@@ -147,22 +153,23 @@ def train(
     if state_file.exists():
         state = torch.load(state_file, weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
-        for optim, saved in zip(optims, state["optims"], strict=True):
-            optim.load_state_dict(saved)
+        for optim, kept in zip(optims, state["optims"], strict=True):
+            optim.load_state_dict(kept)
         first = state["step"]
     if compiled:
         torch._dynamo.config.recompile_limit = 64  # one graph for each canvas length
         for block in model.blocks:
             block.compile(dynamic=False)
     stream = batches(tokenizer, config.data, config.rows, config.seed, first)
-    started, positions, ema = time.monotonic(), 0, {}
+    started, positions = time.monotonic(), 0
+    ema: dict[str, float] = {}
     for step in range(first, config.steps):
         batch = next(stream)
         batch = Batch(*(t[rank::workers].to(device) for t in (batch.tokens, batch.masked, batch.weight)))
         for optim, lrs in zip(optims, base_lr, strict=True):
             for group, lr in zip(optim.param_groups, lrs, strict=True):
                 group["lr"] = lr * learning_rate_factor(step, config)
-        with torch.autocast(device, dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             loss, accuracy = loss_on(model, batch)
         loss.backward()
         if workers > 1:
@@ -183,8 +190,8 @@ def train(
             )  # fmt: skip
         if rank == 0 and (step % every == every - 1 or step == config.steps - 1):
             part = state_file.with_suffix(".part")
-            state = {"model": model.state_dict(), "optims": [o.state_dict() for o in optims], "step": step + 1}
-            torch.save(state, part)
+            saved = [optim.state_dict() for optim in optims]
+            torch.save({"model": model.state_dict(), "optims": saved, "step": step + 1}, part)
             os.replace(part, state_file)
             save_published(model, tokenizer, out)
     return model
@@ -210,7 +217,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=TrainConfig.steps)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int, default=2, help="CPU processes of one thread each (ignored on a GPU)")
+    parser.add_argument("--workers", type=int, default=2, help="CPU processes, one thread each; not on a GPU")
     parser.add_argument("--eager", action="store_true", help="do not compile the blocks")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

@@ -1,25 +1,28 @@
-"""Training rows of the embedded model: prompt, response, which tokens are masked, and what each weighs in the loss.
+"""Training rows of the embedded model: prompt, response, what is masked, and what each token weighs.
 
-Three kinds of rows: word problems (some as chat), programs, and drills of bare equations in the answer's line format,
-without which arithmetic does not emerge. The prompt is always clean. Half and more of the rows are masked as the
-semi-autoregressive sampler meets them: clean prefix, a partly masked block, everything after it masked.
+Three kinds of rows: word problems (some as chat), programs, and drills of bare equations in the answer's line
+format, without which arithmetic does not emerge. The prompt is always clean. Half and more of the rows are
+masked as the semi-autoregressive sampler meets them: clean prefix, a partly masked block, everything after it
+masked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from dllmq.mini.code_problems import draw_code_problem
+from dllmq.mini.code_problems import CodeProblem, draw_code_problem
 from dllmq.mini.splits import problem_split
-from dllmq.mini.word_problems import ITEMS, draw_equation, draw_word_problem
+from dllmq.mini.word_problems import ITEMS, WordProblem, draw_equation, draw_word_problem
 
+Problem = TypeVar("Problem", WordProblem, CodeProblem)
 GEN_LENGTH, BLOCK_LENGTH = 48, 16
 LENGTH_STEP = 8  # canvas lengths are rounded up to it, so that few shapes occur
 
@@ -59,7 +62,7 @@ class Batch:
     weight: Float[Tensor, "B L"]  # of a masked token in the loss
 
 
-def _train_draw(draw, rng: Random):  # type: ignore[no-untyped-def]
+def _train_draw(draw: Callable[[Random], Problem], rng: Random) -> Problem:
     while True:
         problem = draw(rng)
         if problem_split(problem.composition, problem.numbers)[0] == "train":
@@ -99,9 +102,16 @@ def canvas_length(row: Row) -> int:
     return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
-def _mask(rows: list[Row], L: int, config: DataConfig, tokens: Tensor, equals: int, newline: int, g: torch.Generator):  # type: ignore[no-untyped-def]
-    """Which tokens are masked and the weight each would have."""
-    B = len(rows)
+def mask_rows(
+    rows: list[Row],
+    tokens: Int[Tensor, "B L"],
+    config: DataConfig,
+    equals: int,
+    newline: int,
+    g: torch.Generator,
+) -> tuple[Bool[Tensor, "B L"], Float[Tensor, "B L"]]:
+    """Which tokens are masked and the weight each would have; equals, newline: token ids."""
+    B, L = tokens.shape
     P = torch.tensor([len(r.prompt) for r in rows])[:, None]
     end = P + torch.tensor([len(r.response) for r in rows])[:, None]
     position = torch.arange(L)[None, :]
@@ -111,7 +121,7 @@ def _mask(rows: list[Row], L: int, config: DataConfig, tokens: Tensor, equals: i
     u = torch.rand(B, L, generator=g)
     weight = torch.where(position > end, config.pad_weight, 1.0)  # the first EOS counts in full
 
-    blocks = torch.div(end - P, BLOCK_LENGTH, rounding_mode="floor") + 1  # blocks with text, the first EOS included
+    blocks = (end - P) // BLOCK_LENGTH + 1  # blocks with text, the first EOS included
     start = (torch.rand(B, 1, generator=g) * blocks).floor().long() * BLOCK_LENGTH
     later = offset >= start + BLOCK_LENGTH
     in_block = (offset >= start) & ~later
@@ -152,7 +162,7 @@ def batches(
         g = torch.Generator().manual_seed(pool_seed)
         for L, chunk in chunks:
             tokens = torch.tensor([(r.prompt + r.response + [eos] * L)[:L] for r in chunk])
-            masked, weight = _mask(chunk, L, config, tokens, equals, newline, g)
+            masked, weight = mask_rows(chunk, tokens, config, equals, newline, g)
             if number >= first:
                 yield Batch(tokens, masked, weight)
             number += 1

@@ -1,12 +1,13 @@
-"""Worded arithmetic in GSM8K's schema: 1-3 steps, every value in 1..99, a worked answer that ends in `#### N`.
+"""Worded arithmetic in GSM8K's schema: 1-3 steps, values in 1..99, a worked answer that ends in `#### N`.
 
-Four families: a quantity that changes (chain), a bill (price), two or three people (compare), wages (earn). Every
-sentence has several wordings; the tuple of families and wordings is the problem's composition.
+Four families: a quantity that changes (chain), a bill (price), two or three people (compare), wages (earn).
+Every sentence has several wordings; the tuple of families and wordings is the problem's composition.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 NAMES = (
@@ -14,8 +15,8 @@ NAMES = (
     "Mia", "Noah", "Olga", "Paul", "Rosa", "Sam", "Tina", "Vera",
 )  # fmt: skip
 ITEMS = (
-    "apples", "books", "coins", "cards", "shells", "stamps", "marbles", "pens", "flowers", "stickers", "eggs", "cups",
-    "balls", "stones", "pears", "toys",
+    "apples", "books", "coins", "cards", "shells", "stamps", "marbles", "pens", "flowers", "stickers",
+    "eggs", "cups", "balls", "stones", "pears", "toys",
 )  # fmt: skip
 
 
@@ -70,9 +71,18 @@ class WordProblem:
 
 # wording -> operation on the running value; {n} is the name, {b} the number
 _CHANGES = {
-    "+": ("{n} buys {b} more.", "{n} finds {b} more.", "A friend gives {n} {b} more.", "Then {n} wins {b} more."),
+    "+": (
+        "{n} buys {b} more.",
+        "{n} finds {b} more.",
+        "A friend gives {n} {b} more.",
+        "Then {n} wins {b} more.",
+    ),
     "-": ("{n} gives away {b}.", "{n} loses {b}.", "{n} sells {b}.", "Then {n} breaks {b}."),
-    "*": ("Then the number grows {b} times.", "{n} then gets {b} times as many.", "A trick makes it {b} times as many."),
+    "*": (
+        "Then the number grows {b} times.",
+        "{n} then gets {b} times as many.",
+        "A trick makes it {b} times as many.",
+    ),
     "/": ("{n} splits them into {b} equal parts and keeps one.", "{n} keeps one of {b} equal shares."),
 }
 
@@ -94,7 +104,9 @@ def _chain(rng: Random, length: int | None = None) -> WordProblem:
     value = rng.randint(3, 90)
     sentences, steps, wordings, numbers = [], [], [], [value]
     start = rng.randrange(3)
-    sentences.append(("{n} has {a} {i}.", "There are {a} {i} in the bag of {n}.", "At first {n} has {a} {i}.")[start])
+    sentences.append(
+        ("{n} has {a} {i}.", "There are {a} {i} in the bag of {n}.", "At first {n} has {a} {i}.")[start]
+    )
     sentences[0] = sentences[0].format(n=name, a=value, i=item)
     for _ in range(length):
         op = rng.choice("++--*/")
@@ -107,7 +119,9 @@ def _chain(rng: Random, length: int | None = None) -> WordProblem:
         wordings.append(f"{op}{which}")
         sentences.append(_CHANGES[op][which].format(n=name, b=b))
     sentences.append(f"How many {item} does {name} have now?")
-    return WordProblem(" ".join(sentences), tuple(steps), item, ("chain", str(start), *wordings), tuple(numbers))
+    return WordProblem(
+        " ".join(sentences), tuple(steps), item, ("chain", str(start), *wordings), tuple(numbers)
+    )
 
 
 def _price(rng: Random) -> WordProblem:
@@ -151,7 +165,7 @@ def _compare(rng: Random) -> WordProblem:
     start = rng.randrange(2)
     sentences = [("{x} has {a} {i}.", "{x} owns {a} {i}.")[start].format(x=a_name, a=a, i=item)]
     values, steps, wordings, numbers = [a], [], [], [a]
-    for x, y in zip(people, people[1:], strict=False):
+    for x, y in pairwise(people):
         op = rng.choice("+-*")
         which = rng.randrange(2)
         b = rng.randint(2, 5) if op == "*" else rng.randint(2, 40)
@@ -169,7 +183,9 @@ def _compare(rng: Random) -> WordProblem:
     else:
         sentences.append(f"How many {item} does {people[-1]} have?")
         wordings.append("last")
-    return WordProblem(" ".join(sentences), tuple(steps), item, ("compare", str(start), *wordings), tuple(numbers))
+    return WordProblem(
+        " ".join(sentences), tuple(steps), item, ("compare", str(start), *wordings), tuple(numbers)
+    )
 
 
 def _earn(rng: Random) -> WordProblem:
@@ -177,8 +193,10 @@ def _earn(rng: Random) -> WordProblem:
     h, k, spent = rng.randint(2, 9), rng.randint(2, 9), rng.randint(3, 60)
     pay, work, end = rng.randrange(3), rng.randrange(3), rng.randrange(4)
     sentences = [
-        ("{n} earns {p} dollars an hour.", "{n} gets {p} dollars for an hour of work.", "An hour pays {n} {p} dollars.")[pay],
-        ("{n} works {h} hours on Monday and {k} hours on Friday.", "On Monday {n} works {h} hours and on Friday {k} hours.",
+        ("{n} earns {p} dollars an hour.", "{n} gets {p} dollars for an hour of work.",
+         "An hour pays {n} {p} dollars.")[pay],
+        ("{n} works {h} hours on Monday and {k} hours on Friday.",
+         "On Monday {n} works {h} hours and on Friday {k} hours.",
          "{n} works {h} hours and then {k} hours more.")[work],
     ]  # fmt: skip
     steps = [Equation(h, "+", k)]
@@ -188,7 +206,11 @@ def _earn(rng: Random) -> WordProblem:
         steps.append(Equation(steps[1].c, "-", spent))
         numbers.append(spent)
         sentences.append(
-            ("Then {n} spends {s} dollars.", "{n} pays {s} dollars for food.", "The bus costs {n} {s} dollars.")[end - 1]
+            (
+                "Then {n} spends {s} dollars.",
+                "{n} pays {s} dollars for food.",
+                "The bus costs {n} {s} dollars.",
+            )[end - 1]
         )
         sentences.append("How many dollars are left?")
     else:
@@ -242,5 +264,6 @@ def draw_choice(rng: Random) -> tuple[WordProblem, list[str]]:
             options = [f"{step.a}{step.op}{step.b}={wrong_result}", str(wrong_op), str(shifted)]
         except (Unfit, ZeroDivisionError):
             continue
-        if 1 <= wrong_result <= 99 and shifted.b >= 1 and len({str(step), *options}) == 4:
+        wrong = {wrong_result, wrong_op.c, shifted.c}  # 2*2 is no wrong answer to 2+2
+        if 1 <= wrong_result <= 99 and shifted.b >= 1 and step.c not in wrong and len(set(options)) == 3:
             return problem, [f"{text} {problem.unit}.\n#### {text.split('=')[1]}" for text in options]

@@ -1,8 +1,8 @@
 """The attention product softmax(Q K^T) V, in full precision or with P and V quantized.
 
 P is the softmax output [B, heads, Q, L], V the values [B, heads, L, head_dim]. "W4A4" in DLLMQuant
-(arXiv 2508.14090) quantizes this product as well as the linears' inputs: P per query, dynamically; V with one static
-scale per layer and granularity group, fitted on the calibration states.
+(arXiv 2508.14090) quantizes this product as well as the linears' inputs: P per query, dynamically; V with one
+static scale per layer and granularity group, fitted on the calibration states.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class QuantizedProduct(AttentionProduct):
     Attributes:
         p_grid: grid of P (one scale per query row), None leaves P in full precision.
         v_grid: grid of V, None leaves V in full precision.
-        v_params: static scale and zero of V, broadcastable to [kv_heads, 1, head_dim] (one per head: [kv_heads, 1, 1]).
+        v_params: static scale and zero of V, broadcastable to [kv_heads, 1, head_dim] (one per head:
+            [kv_heads, 1, 1]).
     """
 
     p_grid: Grid | None
@@ -74,5 +75,5 @@ def quantize_values(V: Float[Tensor, "B kv L h"], grid: Grid | None, params: Par
         return V
     assert params is not None
     s, z = params.scale, params.zero
-    codes = torch.clamp(torch.round(V.float() / s) + z, 0, 2**grid.bits - 1)
+    codes = torch.clamp(torch.round(V.float() / s) + z, grid.low, grid.high)
     return ((codes - z) * s).to(V.dtype)

@@ -1,8 +1,9 @@
 """What the rest of dllmq knows about a model: a mask predictor made of blocks, and a topology table.
 
-A diffusion LM is a *mask predictor*: one bidirectional forward maps a partly masked sequence x_t to logits for
-every position. Quantization sees it as a stack of blocks, each with four groups of linears in execution order
-({q, k, v}, attention output, {gate, up}, down). Which linears share an input, which op before them can absorb a
+A diffusion LM is a *mask predictor*: one bidirectional forward maps a partly masked sequence x_t to logits
+for every position. Quantization sees it as a stack of blocks, each with four groups of linears in execution
+order ({q, k, v}, attention output, {gate, up}, down). Which linears share an input, which op before them can
+absorb a
 scale and which module a method inspects is data: `Topology`, one table per architecture.
 """
 
@@ -47,8 +48,8 @@ class Topology:
 
     Attributes:
         groups: rows in execution order.
-        product_before: name of the group whose input is the attention product P V, so the scale of V is settled
-            just before that group.
+        product_before: name of the group whose input is the attention product P V, so the scale of V is
+            settled just before that group.
         head: dotted name of the LM head; embedding: of the token embedding.
     """
 
@@ -59,7 +60,7 @@ class Topology:
 
 
 class BlockContext(NamedTuple):
-    """What every block of one forward shares: the additive key-padding bias (None without pads) and RoPE tables."""
+    """What the blocks of one forward share: key-padding bias (None without pads) and RoPE tables."""
 
     bias: Float[Tensor, "B 1 1 L"] | None
     sin: Float[Tensor, "L head_dim"]
@@ -110,8 +111,8 @@ class LinearGroup:
         name: for messages and records, "blocks.3.qkv".
         weights: linear name -> W [O, I] in fp32.
         can_scale: whether an op before the group can absorb x -> x / s.
-        inspect: (weights, X [B, L, I], valid [B, L] or None) -> output of the inspected module, computed with the
-            given weights in the place of the group's own and X as the group's input.
+        inspect: (weights, X [B, L, I], valid [B, L] or None) -> output of the inspected module, computed with
+            the given weights in the place of the group's own and X as the group's input.
         clip: linears AWQ may clip.
     """
 
@@ -138,7 +139,7 @@ def swapped_weights(block: Block, weights: dict[str, Tensor]) -> Iterator[None]:
 
 def linear_group(model: MaskPredictor, index: int, row: GroupRow) -> LinearGroup:
     """The group of topology row `row` in block `index` of the model."""
-    block = model.blocks[index]
+    block: Any = model.blocks[index]
 
     def inspect(weights: dict[str, Tensor], X: Tensor, valid: Tensor | None) -> Tensor:
         ctx = model.context(X.shape[1], valid)
@@ -160,8 +161,11 @@ def linear_group(model: MaskPredictor, index: int, row: GroupRow) -> LinearGroup
 
 
 def _can_absorb(block: Block, row: GroupRow) -> bool:
-    """A norm always can. A linear can if its outputs are the group's inputs one to one (not with grouped values),
-    no quantizer sits between the two, and its own grid has scales by row."""
+    """Whether the op before the group can divide its output by a scale.
+
+    A norm always can. A linear can if its outputs are the group's inputs one to one (not with grouped
+    values), no quantizer sits between the two, and its own grid has scales by row.
+    """
     absorber = getattr(block, row.absorber)
     if absorber.weight.dim() == 1:
         return True

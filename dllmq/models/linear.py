@@ -1,8 +1,8 @@
 """QuantLinear, the only module that is ever swapped into a model.
 
-One definition of its arithmetic: y = Q_a(x) Deq(Q_w)^T + b, where Q_w are the weight's codes under its grid and Q_a
-quantizes the input under the activation grid, dynamically, per token or per group of channels. The `fake` backend
-computes it in the input's dtype on dequantized values.
+One definition of its arithmetic: y = Q_a(x) Deq(Q_w)^T + b, where Q_w are the weight's codes under its grid
+and Q_a quantizes the input under the activation grid, dynamically, per token or per group of channels. The
+`fake` backend computes it in the input's dtype on dequantized values.
 """
 
 from __future__ import annotations
@@ -10,11 +10,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dllmq.kernels.cpu_linear import linear
 from dllmq.numerics import Grid, QuantizedTensor, fake_quant
+
+
+class Linear(nn.Linear):
+    """A full-precision linear; inference on CPU takes the fast kernel."""
+
+    def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
+        return linear(x, self.weight, self.bias)
 
 
 class QuantLinear(nn.Module):
@@ -41,7 +48,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
         if self.act_grid is not None:
             x = fake_quant(x, self.act_grid)
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     @torch.no_grad()
     def scale_rows(self, factor: Float[Tensor, " O"]) -> None:

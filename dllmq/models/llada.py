@@ -3,13 +3,15 @@
     x += attn_out(attention(attn_norm(x)))
     x += ff_out(silu(ff_proj(h)) * up_proj(h)),  h = ff_norm(x)
 
-No biases, no dropout, full attention, RoPE over the whole head (half-split layout). The parameter names are the
-published state dict's: `model.transformer.blocks.{i}.q_proj.weight` and so on, LM head `model.transformer.ff_out`
-(the block's down-projection is called `ff_out` too; the topology table tells them apart).
+No biases, no dropout, full attention, RoPE over the whole head (half-split layout). The parameter names are
+the published state dict's: `model.transformer.blocks.{i}.q_proj.weight` and so on, LM head
+`model.transformer.ff_out` (the block's down-projection is called `ff_out` too; the topology table tells them
+apart).
 
-Precision follows the published code in bf16: RMSNorm in fp32, cast, then times the weight in bf16; RoPE in fp32 when
-`rope_full_precision`; logits in the weights' dtype. The attention mask is key padding only and honoured (the code
-published since October 2025; older snapshots ignore it): pads get finfo.min, positions are absolute columns.
+Precision follows the published code in bf16: RMSNorm in fp32, cast, then times the weight in bf16; RoPE in
+fp32 when `rope_full_precision`; logits in the weights' dtype. The attention mask is key padding only and
+honoured (the code published since October 2025; older snapshots ignore it): pads get finfo.min, positions are
+absolute columns.
 """
 
 from __future__ import annotations
@@ -28,9 +30,13 @@ from dllmq.models.base import Block, BlockContext, GroupRow, Topology, padding_b
 
 TOPOLOGY = Topology(
     groups=(
-        GroupRow("qkv", ("q_proj", "k_proj", "v_proj"), absorber="attn_norm", inspect="attention", clip=("v_proj",)),
+        GroupRow(
+            "qkv", ("q_proj", "k_proj", "v_proj"), absorber="attn_norm", inspect="attention", clip=("v_proj",)
+        ),
         GroupRow("attn_out", ("attn_out",), absorber="v_proj", inspect=None, clip=("attn_out",)),
-        GroupRow("gate_up", ("ff_proj", "up_proj"), absorber="ff_norm", inspect="mlp", clip=("ff_proj", "up_proj")),
+        GroupRow(
+            "gate_up", ("ff_proj", "up_proj"), absorber="ff_norm", inspect="mlp", clip=("ff_proj", "up_proj")
+        ),
         GroupRow("down", ("ff_out",), absorber="up_proj", inspect=None, clip=("ff_out",)),
     ),
     product_before="attn_out",
@@ -81,7 +87,8 @@ class LLaDAConfig:
         """Reads a published config.json.
 
         Raises:
-            ValueError: a missing field, or a field whose value selects something LLaDA checkpoints do not use.
+            ValueError: a missing field, or a field whose value selects something LLaDA checkpoints do not
+                use.
         """
         for name, allowed in _ONLY.items():
             if raw.get(name, allowed[0]) not in allowed:
@@ -90,19 +97,42 @@ class LLaDAConfig:
                     f"{name} = {allowed[0]!r} only."
                 )
         known = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
-        if "mlp_hidden_size" not in known and raw.get("mlp_ratio") and "d_model" in known:
+        _check_types(known)
+        if (
+            "mlp_hidden_size" not in known
+            and isinstance(raw.get("mlp_ratio"), int | float)
+            and "d_model" in known
+        ):
             known["mlp_hidden_size"] = int(raw["mlp_ratio"] * known["d_model"])
-        needed = ("d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size", "mask_token_id", "eos_token_id")
+        needed = (
+            "d_model",
+            "n_layers",
+            "n_heads",
+            "mlp_hidden_size",
+            "vocab_size",
+            "mask_token_id",
+            "eos_token_id",
+        )
         missing = [name for name in needed if name not in known]
         if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}, which a LLaDA model needs.")
+            raise ValueError(
+                f"config.json lacks {', '.join(missing)}, which a LLaDA model needs: use the published "
+                "config.json."
+            )
         if known.get("eot_token_id") is None and known["vocab_size"] == 126464:
-            known["eot_token_id"] = 126348  # <|eot_id|> of the published tokenizer; the published config omits it
+            known["eot_token_id"] = (
+                126348  # <|eot_id|> of the published tokenizer; the published config omits it
+            )
         config = cls(**known)
-        if config.d_model % config.n_heads or config.n_heads % config.kv_heads:
+        if config.d_model % (2 * config.n_heads) or config.n_heads % config.kv_heads:
             raise ValueError(
                 f"config.json has d_model = {config.d_model}, n_heads = {config.n_heads}, n_kv_heads = "
-                f"{config.kv_heads}; heads must divide d_model and kv heads must divide heads."
+                f"{config.kv_heads}; d_model / n_heads must be an even number and kv heads must divide heads."
+            )
+        if config.mask_token_id >= config.logit_size:
+            raise ValueError(
+                f"config.json has mask_token_id = {config.mask_token_id}, but the embedding has "
+                f"{config.logit_size} rows; it must be one of their ids."
             )
         return config
 
@@ -120,6 +150,21 @@ class LLaDAConfig:
         return self.embedding_size or self.vocab_size
 
 
+def _check_types(known: dict[str, Any]) -> None:
+    """Refuses values of another type or sign, which would fail later and without naming config.json."""
+    kinds = {f.name: str(f.type).removesuffix(" | None") for f in fields(LLaDAConfig)}
+    for name, value in known.items():
+        if kinds[name] == "bool":
+            good, needed = isinstance(value, bool), "true or false"
+        else:
+            accepted = int if kinds[name] == "int" else (int, float)
+            least = 0 if name.endswith("_id") else 1 if kinds[name] == "int" else 0
+            good = isinstance(value, accepted) and not isinstance(value, bool) and value >= least
+            needed = f"{'an integer' if kinds[name] == 'int' else 'a number'} >= {least}"
+        if not good:
+            raise ValueError(f"config.json has {name} = {value!r}; it must be {needed}.")
+
+
 class RMSNorm(nn.Module):
     def __init__(self, d: int, eps: float) -> None:
         super().__init__()
@@ -134,7 +179,7 @@ class RMSNorm(nn.Module):
 
 def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """sin and cos [L, head_dim] in fp32; inv_freq_i = theta^(-2i / head_dim), both halves alike."""
-    inv_freq = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), inv_freq)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.sin(), angles.cos()
@@ -187,7 +232,7 @@ class LLaDABlock(Block):
 
 
 class LLaDA(nn.Module):
-    """The mask predictor p(x_0 | x_t). Build from a config, or load a checkpoint with `dllmq.models.load_model`."""
+    """The mask predictor p(x_0 | x_t), built from a config; `dllmq.models.load_model` reads checkpoints."""
 
     topology = TOPOLOGY
 
@@ -251,15 +296,18 @@ class LLaDA(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator, gain: float = 0.8) -> None:
-        """Random weights: normal of std gain / sqrt(fan_in), the two projections into the residual stream divided
-        by sqrt(2 n_layers), embeddings of std 0.5."""
+        """Normal weights of std gain / sqrt(fan_in), embeddings of std 0.5.
+
+        The two projections into the residual stream are divided by sqrt(2 n_layers).
+        """
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.fill_(1.0)
                 continue
             std = 0.5 if name.endswith("wte.weight") else gain / math.sqrt(p.shape[1])
-            into_residual = name.endswith("attn_out.weight") or (".blocks." in name and name.endswith("ff_out.weight"))
-            p.normal_(0, std / math.sqrt(2 * self.config.n_layers) if into_residual else std, generator=generator)
+            if ".blocks." in name and name.endswith(("attn_out.weight", "ff_out.weight")):
+                std /= math.sqrt(2 * self.config.n_layers)
+            p.normal_(0, std, generator=generator)
 
 
 ARCHITECTURES = {"LLaDAModelLM": (LLaDAConfig, LLaDA)}

@@ -13,18 +13,42 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
 
 import dllmq.models as models_package
 
 _CONTENTS = "a checkpoint folder holds config.json, *.safetensors and the tokenizer's files"
+_SAME = "take config.json and the weights from the same checkpoint"
+_AGAIN = "copy or download it again"
 
 
-def architectures() -> dict[str, tuple[type, type]]:
-    """Name in config.json's `architectures` -> (config class, model class), from every module of dllmq.models."""
-    table: dict[str, tuple[type, type]] = {}
+def architectures() -> dict[str, tuple[Any, type]]:
+    """Name in config.json's `architectures` -> (config class, model class), from all of dllmq.models."""
+    table: dict[str, tuple[Any, type]] = {}
     for module in pkgutil.iter_modules(models_package.__path__):
         table |= getattr(importlib.import_module(f"dllmq.models.{module.name}"), "ARCHITECTURES", {})
     return table
+
+
+class _NoInit(TorchFunctionMode):
+    """torch.nn.init leaves tensors alone: on the meta device it would import torch._dynamo, a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def skeleton(config: Any, model_class: type) -> Any:
+    """The model without memory behind its parameters (meta device): names, shapes and topology."""
+    with torch.device("meta"), _NoInit():
+        return model_class(config)
+
+
+def is_hub_id(path: str | Path) -> bool:
+    """Whether a path that is nothing on this disk has the form owner/name."""
+    text = str(path)
+    return not Path(text).expanduser().exists() and text.count("/") == 1 and text[0] not in "./~"
 
 
 def checkpoint_folder(path: str | Path) -> Path:
@@ -38,17 +62,19 @@ def checkpoint_folder(path: str | Path) -> Path:
         return folder
     if folder.exists():
         raise ValueError(f"model path {path} is a file; {_CONTENTS}.")
-    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+    if not is_hub_id(path):
         raise ValueError(f"model path {path} does not exist; {_CONTENTS}. A hub id has the form owner/name.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+        return Path(
+            snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"])
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ValueError(
-            f"model {path} is no local folder and could not be had from the hub ({type(error).__name__}). Give a "
-            f"folder, or check the name and the network."
+            f"model {path} is no local folder and could not be had from the hub ({type(error).__name__}). "
+            "Give a folder, or check the name and the network."
         ) from error
 
 
@@ -58,18 +84,18 @@ def read_config(folder: Path) -> tuple[Any, type]:
     if not file.is_file():
         raise ValueError(f"{folder} has no config.json; {_CONTENTS}.")
     try:
-        raw = json.loads(file.read_text())
+        raw = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
+        raise ValueError(f"{file} is not valid JSON ({error}): {_AGAIN}.") from error
     table = architectures()
-    names = (raw.get("architectures") or []) if isinstance(raw, dict) else []
-    for name in names:
-        if name in table:
+    names = raw.get("architectures") if isinstance(raw, dict) else None
+    for name in names if isinstance(names, list) else []:
+        if isinstance(name, str) and name in table:
             config_class, model_class = table[name]
             return config_class.from_dict(raw), model_class
     raise ValueError(
-        f"{file} has architectures = {names or None}; dllmq has {', '.join(sorted(table))}. The architecture is told by "
-        "this field, not by the folder's name."
+        f"{file} has architectures = {names or None}; dllmq has {sorted(table)}. The architecture is told by "
+        "this list, not by the folder's name."
     )
 
 
@@ -83,17 +109,21 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise ValueError(f"{folder} has no *.safetensors file; pickled weights (.bin, .pt) are not read. {_CONTENTS}.")
+            raise ValueError(
+                f"{folder} has no *.safetensors file; pickled weights (.bin, .pt) are not read. {_CONTENTS}."
+            )
         return files
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is damaged: no weight_map can be read from it ({error}).") from error
+        raise ValueError(
+            f"{index} is damaged, no weight_map can be read from it ({error!r}): {_AGAIN}."
+        ) from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{index} names {name!r}; shards must lie in the folder itself.")
         if not (folder / name).is_file():
-            raise ValueError(f"{index} names {name}, which is not in {folder}.")
+            raise ValueError(f"{index} names {name}, which is not in {folder}: {_AGAIN}.")
     return [folder / name for name in names]
 
 
@@ -101,7 +131,8 @@ def check_tensors(files: list[Path], expected: dict[str, torch.Size]) -> dict[st
     """Where each tensor is, after comparing names, shapes and types with what the config implies.
 
     Raises:
-        ValueError: an unreadable file, a tensor that is missing, extra, mis-shaped, doubled or not floating point.
+        ValueError: an unreadable file, a tensor that is missing, extra, mis-shaped, doubled or not floating
+            point.
     """
     where: dict[str, Path] = {}
     for file in files:
@@ -111,27 +142,41 @@ def check_tensors(files: list[Path], expected: dict[str, torch.Size]) -> dict[st
                     view = tensors.get_slice(name)
                     _check_tensor(name, view.get_shape(), view.get_dtype(), expected, file)
                     if name in where:
-                        raise ValueError(f"tensor {name} is in both {where[name].name} and {file.name}.")
+                        raise ValueError(
+                            f"tensor {name} is in both {where[name].name} and {file.name}: keep one of the two."
+                        )
                     where[name] = file
         except SafetensorError as error:
-            raise ValueError(f"{file} cannot be read as safetensors, it is damaged or cut short ({error}).") from error
+            raise ValueError(
+                f"{file} cannot be read as safetensors, it is damaged or cut short ({error}): {_AGAIN}."
+            ) from error
     missing = sorted(expected.keys() - where.keys())
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise ValueError(f"the checkpoint lacks {shown}, which its config.json implies.")
+        raise ValueError(f"the checkpoint lacks {shown}, which its config.json implies: {_SAME}.")
     return where
 
 
-def _check_tensor(name: str, shape: list[int], dtype: str, expected: dict[str, torch.Size], file: Path) -> None:
+def _check_tensor(
+    name: str, shape: list[int], dtype: str, expected: dict[str, torch.Size], file: Path
+) -> None:
     if name not in expected:
-        raise ValueError(f"{file.name} has the tensor {name}, which its config.json does not imply.")
+        raise ValueError(f"{file.name} has the tensor {name}, which its config.json does not imply: {_SAME}.")
     if tuple(shape) != tuple(expected[name]):
-        raise ValueError(f"{name} in {file.name} has shape {tuple(shape)}; config.json implies {tuple(expected[name])}.")
+        raise ValueError(
+            f"{name} in {file.name} has shape {tuple(shape)}; config.json implies "
+            f"{tuple(expected[name])}: {_SAME}."
+        )
     if dtype not in ("F32", "F16", "BF16", "F64"):
-        raise ValueError(f"{name} in {file.name} has type {dtype}; full-precision weights are F32, F16 or BF16.")
+        raise ValueError(
+            f"{name} in {file.name} has type {dtype}; full-precision weights are F32, F16 or BF16: "
+            "quantize from the full-precision checkpoint."
+        )
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Any:
     """Loads a full-precision model for inference.
 
     Args:
@@ -148,10 +193,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     folder = checkpoint_folder(path)
     config, model_class = read_config(folder)
     files = weight_files(folder)
-    with torch.device("meta"):
-        model = model_class(config)
+    model = skeleton(config, model_class)
     where = check_tensors(files, {name: p.shape for name, p in model.state_dict().items()})
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt", device=str(device)) as tensors:
             state |= {name: tensors.get_tensor(name).to(dtype) for name, at in where.items() if at == file}

@@ -6,12 +6,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 @contextmanager
 def progress_bar(console: Console, name: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Yields the callback; one bar that changes its label with the stage. Silent where output is no terminal."""
+    """Yields the callback; one bar, its label changes with the stage. Silent where output is no terminal."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),

@@ -1,11 +1,12 @@
 """TMAS, Temporal-Mask Adaptive Sampling (DLLMQuant, arXiv 2508.14090): which states calibrate.
 
-The full-precision sampler's trajectory is split into K blocks by mask ratio (block 0 = most masked) and the calibration
-set takes shares [0.3, 0.2, 0.2, 0.3] of them, at regular intervals inside a block.
+The full-precision sampler's trajectory is split into K blocks by mask ratio (block 0 = most masked) and the
+calibration set takes shares [0.3, 0.2, 0.2, 0.3] of them, at regular intervals inside a block.
 
-Where the paper is silent, we decide: blocks are equal intervals of the response's mask ratio; quotas by largest
-remainder (ties: the earlier block); a block with too few states donates its rest to the others, extremes first; picks go
-round the prompts, each prompt used before any is used again, in a seeded order. The authors published no code.
+Where the paper is silent, we decide: blocks are equal intervals of the response's mask ratio; quotas by
+largest remainder (ties: the earlier block); a block with too few states donates its rest to the others,
+extremes first; picks go round the prompts, each prompt used before any is used again, in a seeded order. The
+authors published no code.
 
 Off: `calibration.states.CleanText`.
 """
@@ -13,6 +14,7 @@ Off: `calibration.states.CleanText`.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +28,7 @@ def quotas(count: int, shares: tuple[float, ...]) -> list[int]:
     """`count` split by shares, rounded by largest remainder; ties go to the earlier block."""
     exact = [count * share / sum(shares) for share in shares]
     floor = [int(x + 1e-9) for x in exact]
-    by_remainder = sorted(range(len(shares)), key=lambda k: (floor[k] - exact[k], k))
+    by_remainder = sorted(range(len(shares)), key=lambda k: (round(floor[k] - exact[k], 9), k))
     for k in by_remainder[: count - sum(floor)]:
         floor[k] += 1
     return floor
@@ -45,7 +47,7 @@ def donate(quota: list[int], available: list[int]) -> list[int]:
 
 
 def pick(states_of_prompt: list[list[int]], quota: int, order: list[int]) -> list[tuple[int, int]]:
-    """`quota` (prompt, state) pairs of one block, at regular intervals inside it, round the prompts in `order`.
+    """`quota` (prompt, state) pairs of one block: regular intervals inside it, prompts in turn.
 
     Args:
         states_of_prompt: indices of each prompt's states in this block, in the order of the steps.
@@ -77,18 +79,20 @@ class TMAS:
     rescored: bool = False
 
     def __post_init__(self) -> None:
-        if not self.shares or min(self.shares) < 0 or sum(self.shares) <= 0:
+        if not all(math.isfinite(s) and s >= 0 for s in self.shares) or sum(self.shares) <= 0:
             raise ValueError(f"tmas shares are {list(self.shares)}; they must be >= 0 with a positive sum.")
 
-    def __call__(self, trajectories: list[Trajectory], count: int, mask_id: int, rng: torch.Generator) -> list[RowState]:
+    def __call__(
+        self, trajectories: list[Trajectory], count: int, mask_id: int, rng: torch.Generator
+    ) -> list[RowState]:
         K = len(self.shares)
         blocks = [ratio_block(t.mask_ratio, K).tolist() for t in trajectories]
         in_block = [[[s for s, b in enumerate(row) if b == k] for row in blocks] for k in range(K)]
         available = [sum(len(states) for states in prompts) for prompts in in_block]
         if sum(available) < count:
             raise ValueError(
-                f"calibration.num_states is {count}, but {len(trajectories)} trajectories hold {sum(available)} states: "
-                "ask for fewer, or give more calibration prompts."
+                f"calibration.num_states is {count}, but {len(trajectories)} trajectories hold "
+                f"{sum(available)} states: ask for fewer, or give more calibration prompts."
             )
         quota = quotas(count, self.shares)
         take = donate(quota, available)

@@ -85,6 +85,21 @@ def test_noise_follows_the_seed_and_not_the_global_generator(model, tokenizer) -
     assert run(1) != first
 
 
+def test_stopping_at_settled_answers_changes_no_answer(model, tokenizer) -> None:
+    """Any token may play EOS: those the rows hold in their first block end them all early."""
+    prompts = [
+        tokenizer(r.args[0], add_special_tokens=False, return_tensors="pt").input_ids for r in requests(4)
+    ]
+    full = [generate(model, p, SAMPLER).tokens[0, p.shape[1] :].tolist() for p in prompts]
+    eos_ids = sorted({tokens[5] for tokens in full})
+    lm = DiffusionLM(model, tokenizer, EvalSettings(SAMPLER, batch_size=4, eos_cut="first"))
+    pad, lm.eos_ids = lm.eos_ids, eos_ids
+    cut = [cut_answer(tokens, [], eos_ids, "first", tokenizer).text for tokens in full]
+    assert lm.generate_until(requests(4)) == cut
+    assert 6 <= lm.counters.forwards < SAMPLER.steps
+    assert pad != eos_ids
+
+
 def test_no_requests_give_no_answers(model, tokenizer) -> None:
     lm = DiffusionLM(model, tokenizer)
     assert lm.generate_until([]) == [] and lm.loglikelihood([]) == []
