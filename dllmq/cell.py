@@ -111,13 +111,20 @@ class Cell:
         try:
             record = self._compute()
             write_json_atomic(self.folder / RESULTS, record)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self._set_aside()
             tracker.finish()
             raise
         (self.folder / STATUS).unlink(missing_ok=True)
         tracker.log_curves(record.curves)
         tracker.finish(record, self.folder / RESULTS)
         return record
+
+    def _set_aside(self) -> None:
+        """Results of another configuration or code are not to be taken for those of the run that failed."""
+        if (self.folder / RESULTS).exists():
+            (self.folder / RESULTS).replace(self.folder / "results.stale.json")
 
     def _finished(self) -> RunRecord | None:
         file = self.folder / RESULTS
@@ -156,7 +163,7 @@ class Cell:
         inert = self.plan.recipe.inert()
         for line in inert:
             log.warning("no effect: %s", line)
-        return self._measure(model, tokenizer, reference, report, inert)
+        return self._measure(model, tokenizer, reference, report, inert, self.folder)
 
     def _load(self) -> tuple[Any, Any]:
         config = self.config
@@ -178,9 +185,10 @@ class Cell:
         log.info("full precision: measured once for the sweep")
         stages, self.stages = self.stages, Stages(self.plan.device)
         report = QuantizationReport(0.0, weight_bytes(model), {})
-        record = self._measure(model, tokenizer, None, report, [])
+        record = self._measure(model, tokenizer, None, report, [], self.sweep)
+        reference = _reference_config(self.config)
         record = replace(record, run_name="full precision", fingerprint=self.fp_key,
-                         axes=_reference_config(self.config).axes())  # fmt: skip
+                         config=reference.plain(), seed=reference.seed, axes=reference.axes())  # fmt: skip
         self.stages = stages
         write_json_atomic(file, record)
         return record
@@ -235,6 +243,7 @@ class Cell:
         reference: fidelity.FidelityReference | None,
         report: QuantizationReport,
         inert: list[str],
+        answers: Path,
     ) -> RunRecord:
         config = self.config
         with self.stages("evaluate"):
@@ -248,7 +257,7 @@ class Cell:
                 found = fidelity.measure(model, reference, self.progress)
             log.info("fidelity: KL %.4f, top-1 %.4f (n=%d states)", found.values["kl"]["value"],
                      found.values["top1"]["value"], found.values["kl"]["n"])  # fmt: skip
-        _write_samples(result, self.sweep if reference is None and not report.notes else self.folder)
+        _write_samples(result, answers)
         return RunRecord(
             config=config.plain(),
             run_name=self.name,
@@ -303,12 +312,14 @@ def eval_settings(config: RunConfig, plan: Plan) -> EvalSettings:
 def _reference_config(config: RunConfig) -> RunConfig:
     """What full precision's numbers depend on: everything that only concerns quantization at its default."""
     plain = RunConfig()
+    unused = ("states", "num_states", "shares")
+    calibration = replace(config.calibration, **{name: getattr(plain.calibration, name) for name in unused})
     return replace(
         config.full_precision(),
         group_size=plain.group_size, act_group_size=plain.act_group_size,
         symmetric=plain.symmetric, act_symmetric=plain.act_symmetric,
         attn_bits=plain.attn_bits, value_granularity=plain.value_granularity,
-        seed=0, calibration=replace(config.calibration, states="clean", num_states=128, shares=[]),
+        seed=0, calibration=calibration,
     )  # fmt: skip
 
 

@@ -481,4 +481,10 @@ def sweep_folder(overrides: list[str]) -> str:
     return os.path.join("outputs", slug(named[-1] if named and named[-1] != "null" else text))
 
 
-OmegaConf.register_new_resolver("cell_name", lambda text: slug(text or "default"), replace=True)
+def cell_name(override_dirname: str | None) -> str:
+    """A cell's folder: its overrides, top-level keys first, so that these survive where it is cut."""
+    parts = re.split(r",(?=[A-Za-z_.]+=)", override_dirname or "")
+    return slug(",".join(sorted(parts, key=lambda part: "." in part.partition("=")[0])))
+
+
+OmegaConf.register_new_resolver("cell_name", cell_name, replace=True)

@@ -85,6 +85,8 @@ def quantize(
     """
     if isinstance(recipe.method, FP) or recipe.weights is None:
         return QuantizationReport(0.0, weight_bytes(model), {})
+    if quantized_linears(model):
+        raise ValueError("the model is quantized already, and would be a second time: load it again.")
     started = time.perf_counter()
     if trajectories is None:
         trajectories = record_trajectories(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import traceback
 import warnings
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
-from dllmq.config import Plan, check_cell, load, slug, sweep_folder
+from dllmq.config import Plan, cell_name, check_cell, load, sweep_folder
 from dllmq.report.callback import complain, finish_sweep
 
 console = Console()
@@ -27,7 +28,7 @@ def run(cfg: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     sweeping = hydra_config.mode == RunMode.MULTIRUN
     folder = Path(hydra_config.runtime.output_dir)
-    name = slug(hydra_config.job.override_dirname or "default")
+    name = cell_name(hydra_config.job.override_dirname)
     plan = check_cell(cfg)
     if plan.config.dry_run:
         console.print(describe(plan, name), markup=False, highlight=False, soft_wrap=True)
@@ -51,14 +52,14 @@ def guarded(cfg: DictConfig) -> None:
     try:
         run(cfg)
     except Exception as error:
-        from dllmq.report.results import RESULTS, STATUS, write_json_atomic
+        from dllmq.report.results import STATUS, write_json_atomic
 
         expected = isinstance(error, ValueError)
         first = " ".join(str(error).split()) or "no message"
         sentence = first if expected else f"{type(error).__name__}: {first[:300]}"
         hydra_config = HydraConfig.get()
         folder = Path(hydra_config.runtime.output_dir)
-        name = slug(hydra_config.job.override_dirname or "default")
+        name = cell_name(hydra_config.job.override_dirname)
         status = {
             "status": "failed",
             "run_name": name,
@@ -68,8 +69,6 @@ def guarded(cfg: DictConfig) -> None:
             "traceback": traceback.format_exc(),
         }
         write_json_atomic(folder / STATUS, status)
-        if (folder / RESULTS).exists():  # of another configuration or code: not to be taken for this one's
-            (folder / RESULTS).replace(folder / "results.stale.json")
         where = "" if expected else f" (the traceback is in {folder / STATUS})"
         complain(f"{name}: {sentence}{where}")
         if hydra_config.mode != RunMode.MULTIRUN:
@@ -86,7 +85,7 @@ def axes(cfg: DictConfig) -> dict[str, object]:
 
 def command() -> str:
     """What repeats this run."""
-    return " ".join(["python -m dllmq.run", *HydraConfig.get().overrides.task])
+    return shlex.join(["python", "-m", "dllmq.run", *HydraConfig.get().overrides.task])
 
 
 def describe(plan: Plan, name: str) -> str:

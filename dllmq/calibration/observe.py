@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,14 @@ class _Seen(Exception):
     """Ends a block's forward once what was wanted has been seen."""
 
 
+def _see_and_stop(see: Callable[[Tensor], None], _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    see(inputs[0])
+    raise _Seen
+
+
 @contextmanager
 def _stopping_hook(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        see(inputs[0])
-        raise _Seen
-
-    handle = module.register_forward_pre_hook(hook)
+    handle = module.register_forward_pre_hook(partial(_see_and_stop, see))
     try:
         yield
     finally:

@@ -10,7 +10,8 @@ Problems are drawn from a seed, in an order that does not depend on how many are
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -47,15 +48,17 @@ def _choice_doc(problem: WordProblem, wrong: list[str], rng: Random) -> Doc:
     }
 
 
-def _draw(task: str, rng: Random) -> tuple[Doc, Split | None, str]:
+def _draw(task: str, rng: Random) -> tuple[Callable[[], Doc], Split | None, str]:
+    """One problem: its document, built when asked for, and what problem_split says."""
     if task == "mini_code":
         program = draw_code_problem(rng)
-        return _code_doc(program), *problem_split(program.composition, program.numbers)
+        return partial(_code_doc, program), *problem_split(program.composition, program.numbers)
     if task == "mini_gsm":
         problem = draw_word_problem(rng)
-        return _gsm_doc(problem), *problem_split(problem.composition, problem.numbers)
+        return partial(_gsm_doc, problem), *problem_split(problem.composition, problem.numbers)
     problem, wrong = draw_choice(rng)
-    return _choice_doc(problem, wrong, rng), *problem_split(problem.composition, problem.numbers)
+    document = partial(_choice_doc, problem, wrong, rng)
+    return document, *problem_split(problem.composition, problem.numbers)
 
 
 def stream(task: str, split: Split, seed: int = 0) -> Iterator[Doc]:
@@ -71,9 +74,12 @@ def stream(task: str, split: Split, seed: int = 0) -> Iterator[Doc]:
     rng = Random(f"{task}/{split}/{seed}")
     seen: set[str] = set()
     while True:
-        doc, belongs, held_out = _draw(task, rng)
+        document, belongs, held_out = _draw(task, rng)
+        if belongs != split:
+            continue
+        doc = document()
         text = doc.get("question") or doc["prompt"]
-        if belongs != split or text in seen:
+        if text in seen:
             continue
         number = len(seen)
         seen.add(text)

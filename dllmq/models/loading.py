@@ -143,7 +143,7 @@ def check_tensors(files: list[Path], expected: dict[str, torch.Size]) -> dict[st
                     _check_tensor(name, view.get_shape(), view.get_dtype(), expected, file)
                     if name in where:
                         raise ValueError(
-                            f"tensor {name} is in both {where[name].name} and {file.name}: keep one of the two."
+                            f"{name} is in both {where[name].name} and {file.name}: keep one of the two."
                         )
                     where[name] = file
         except SafetensorError as error:

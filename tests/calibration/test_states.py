@@ -1,4 +1,4 @@
-"""Trajectories are what the sampler yields, and the off-states of TMAS differ from each other in masking alone."""
+"""Trajectories are what the sampler yields; the samplers of states differ in masking alone."""
 
 from dataclasses import replace
 

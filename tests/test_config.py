@@ -1,0 +1,399 @@
+"""What a run is made of: every wrong value is one sentence before weights are read; auto; the fingerprint."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from dllmq.calibration.states import CleanText
+from dllmq.cell import _reference_config
+from dllmq.config import (
+    EMBEDDED,
+    RunConfig,
+    build,
+    cell_name,
+    check_cell,
+    fingerprint,
+    load,
+    slug,
+    sweep_folder,
+)
+from dllmq.methods import AWQ, FP, GPTQ
+from dllmq.report.callback import sentence
+from dllmq.techniques.tmas import TMAS
+
+
+def composed(*overrides: str) -> DictConfig:
+    """What Hydra hands to run()."""
+    with initialize_config_module("dllmq.conf", version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def config(*overrides: str) -> RunConfig:
+    return load(composed(*overrides))
+
+
+# ------------------------------------------------------------------ wrong input
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        # keys
+        (["+tmass=true"], ["no key tmass", "Did you mean tmas?"]),
+        (["+eval.limits=3"], ["no key eval.limits", "Did you mean limit?"]),
+        (["+model.sampler.stepz=3"], ["no key model.sampler.stepz", "Did you mean steps?"]),
+        (["+sampler.top_k=5"], ["no key sampler.top_k", "Known: gen_length"]),
+        (["+method.dampp=0.1"], ["no key method.dampp", "Did you mean damp?"]),
+        (["method=rtn", "+method.damp=0.1"], ["no key method.damp"]),
+        (["+method.damp.x=1"], ["method"]),
+        (["+tracker.projects=x"], ["no key tracker.projects", "Did you mean project?"]),
+        (["method._target_=dllmq.methods.GPTQQ"], ["method._target_=dllmq.methods.GPTQQ cannot be imported"]),
+        # types
+        (["tmas=maybe"], ["tmas", "'maybe'", "bool"]),
+        (["seed=zero"], ["seed", "'zero'", "nteger"]),
+        (["seed=null"], ["seed"]),
+        (["eval.limit=many"], ["eval.limit", "'many'"]),
+        (["symmetric=2.5"], ["symmetric", "bool"]),
+        (["calibration.shares=[a,b]"], ["calibration.shares", "'a'"]),
+        (["calibration.shares=0.5"], ["shares"]),
+        (["tasks.names=mini_gsm"], ["names"]),
+        (["method.damp=much"], ["method.damp", "'much'"]),
+        (["method.act_order=perhaps"], ["method.act_order", "'perhaps'"]),
+        # widths
+        (["bits=w9a4"], ["bits=w9a4", "from 2 to 8"]),
+        (["bits=w1a16"], ["bits=w1a16", "from 2 to 8"]),
+        (["bits=foo"], ["bits=foo", "w4a4"]),
+        (["bits=4"], ["bits=4 ", "w4a4"]),
+        (["bits=w16a16"], ["bits=w16a16", "method=fp"]),
+        (["attn_bits=v", "bits=w4a16"], ["attn_bits=v", "a16"]),
+        (["attn_bits=9"], ["attn_bits=9", "2 to 8"]),
+        (["attn_bits=q"], ["attn_bits=q", "auto, none, v, pv"]),
+        (["value_granularity=heads"], ["value_granularity=heads", "Did you mean head?"]),
+        (["group_size=100"], ["group_size=100", "256", "q_proj"]),
+        (["act_group_size=100"], ["act_group_size=100", "256"]),
+        (["group_size=-2"], ["group_size=-2", "-1"]),
+        (["act_group_size=0"], ["act_group_size=0", "-1"]),
+        # values
+        (["method.damp=0"], ["damp", "positive"]),
+        (["method.block_size=0"], ["block_size", "positive"]),
+        (["method=awq", "method.solver=gptqq"], ["solver", "'gptq'"]),
+        (["calibration.states=random"], ["calibration.states=random", "Did you mean random_mask?"]),
+        (["calibration.states=random", "tmas=true"], ["calibration.states=random"]),
+        (["calibration.shares=[0.5,-0.1]"], ["shares", "-0.1"]),
+        (["calibration.shares=[]", "tmas=true"], ["shares"]),
+        (["calibration.num_states=0"], ["calibration.num_states=0", "at least 1"]),
+        (["calibration.num_prompts=0"], ["calibration.num_prompts=0", "at least 1"]),
+        (["calibration.batch_size=0"], ["calibration.batch_size=0", "at least 1"]),
+        (["calibration.data=nowhere.jsonl"], ["calibration.data=nowhere.jsonl", "not a file"]),
+        (["tmas=true", "calibration.num_prompts=2"], ["calibration.num_states=128", "96 states"]),
+        (["model.dtype=float16"], ["model.dtype=float16", "bfloat16"]),
+        (["model.dtype=bfloat"], ["model.dtype=bfloat", "Did you mean bfloat16?"]),
+        (["model.path=/nowhere/model"], ["/nowhere/model does not exist"]),
+        (["model.path=/nowhere/model", "dry_run=true"], ["/nowhere/model does not exist"]),
+        (["device=gpu"], ["device=gpu", "auto, cpu, cuda"]),
+        (["threads=0"], ["threads=0", "at least 1"]),
+        (["seed=-1"], ["seed=-1"]),
+        (["tasks.names=[]"], ["No task is named", "mini_gsm"]),
+        (["tasks.names=[mini_gms]"], ["mini_gms", "Did you mean mini_gsm?"]),
+        (["tasks.names=[mini_gsm,mini_gsm]"], ["twice"]),
+        (["tasks=mini_code"], ["mini_code", "eval.allow_code_execution=true"]),
+        (["eval.limit=0"], ["eval.limit=0", "at least 1"]),
+        (["eval.batch_size=0"], ["eval.batch_size=0", "at least 1"]),
+        (["eval.eos_cut=last"], ["eos_cut=last", "first or none"]),
+        (["eval.mc_num=12"], ["mc_num=12", "multiple", "mc_batch_size=8"]),
+        (["eval.mc_num=some"], ["eval.mc_num=some", "auto"]),
+        (["eval.fidelity_states=-1"], ["eval.fidelity_states=-1", "at least 0"]),
+        (["tracker.mode=ofline"], ["ofline", "offline"]),
+        # the sampler
+        (["sampler.gen_length=50"], ["gen_length=50", "multiple of block_length"]),
+        (["sampler.steps=7"], ["steps=7", "multiple of the number of blocks"]),
+        (["sampler.temperature=-1"], ["temperature", "-1"]),
+        (["sampler.remasking=low_confidense"], ["low_confidense", "Did you mean low_confidence?"]),
+    ],
+    ids=lambda value: (
+        " ".join(value).replace("/", "_") if isinstance(value, list) and "=" in value[0] else ""
+    ),
+)
+def test_wrong_input_is_one_sentence(overrides: list[str], said: list[str]) -> None:
+    cfg = composed(*overrides)
+    with pytest.raises(ValueError) as caught:
+        check_cell(cfg)
+    text = str(caught.value)
+    assert "\n" not in text and text.rstrip()[-1] in ".?", text
+    assert [part for part in said if part not in text] == [], text
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("tmass=true", "'tmass'"),
+        ("eval.limits=3", "eval.limits"),
+        ("method=gptqq", "Available options in 'method': awq fp gptq rtn"),
+        ("model=llada", "Available options in 'model'"),
+    ],
+)
+def test_what_hydra_refuses_is_one_line(override: str, said: str) -> None:
+    with pytest.raises(HydraException) as caught:
+        composed(override)
+    text = sentence(caught.value)
+    assert said in text and "\n" not in text and "search path" not in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the sentence is about a machine without CUDA")
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"device=cuda:1, but torch sees no CUDA device here; use device=cpu"
+    ):
+        check_cell(composed("device=cuda:1"))
+
+
+def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for name, said in (("file", "is a file"), ("empty", "has no config.json")):
+        with pytest.raises(ValueError, match=said):
+            check_cell(composed(f"model.path={tmp_path / name}"))
+
+
+def test_a_damaged_checkpoint_is_found_before_its_weights_are_read(tmp_path: Path) -> None:
+    folder = shutil.copytree(EMBEDDED, tmp_path / "model")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        check_cell(composed(f"model.path={folder}"))
+
+
+def test_a_data_file_is_read_before_the_run(tmp_path: Path) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text(json.dumps({"prompt": "Why?"}) + "\n")
+    with pytest.raises(ValueError, match="has 1 prompts, but 96 are needed"):
+        check_cell(composed(f"calibration.data={data}"))
+    data.write_text('{"word": 1}\n')
+    with pytest.raises(ValueError, match="line 1: need a JSON object with one of prompt"):
+        check_cell(composed(f"calibration.data={data}"))
+
+
+def test_a_dry_run_downloads_nothing() -> None:
+    assert check_cell(composed("model=llada_8b_base", "dry_run=true")).parameters == 0
+
+
+def test_interpolations_that_lead_nowhere_are_one_sentence() -> None:
+    cfg = composed()
+    OmegaConf.update(cfg, "seed", "${nothing.here}")
+    with pytest.raises(ValueError, match=r"nothing") as caught:
+        load(cfg)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------ what the switches mean
+
+
+def test_the_default_is_checked_and_counts_its_parameters() -> None:
+    plan = check_cell(composed())
+    stored = (EMBEDDED / "model.safetensors").stat().st_size
+    assert 2 * plan.parameters == pytest.approx(stored, rel=0.01)  # bf16
+    assert plan.recipe.method == GPTQ() and plan.recipe.states == CleanText()
+
+
+def test_auto_bits_are_the_presets(tmp_path: Path) -> None:
+    default = OmegaConf.to_object(composed())["model"]["default_bits"]
+    assert str(config().widths()) == default
+    assert str(config("model.default_bits=w2a8").widths()) == "w2a8"
+    assert str(config(f"model.path={tmp_path}").widths()) == "w4a4"  # not the embedded model any more
+    assert str(config("model=llada_8b_base").widths()) == "w4a4"
+    assert str(config("bits=w8a8", f"model.path={tmp_path}").widths()) == "w8a8"
+
+
+def test_auto_monte_carlo_samples() -> None:
+    assert config().mc_num() == 8
+    assert config("model=llada_8b_base").mc_num() == 128
+    assert config("eval.mc_num=64").mc_num() == 64
+
+
+@pytest.mark.parametrize(
+    ("overrides", "P", "V"),
+    [
+        (["bits=w4a4"], 4, 4),
+        (["bits=w4a16"], None, None),
+        (["bits=w4a8", "attn_bits=v"], None, 8),
+        (["bits=w4a16", "attn_bits=6"], 6, 6),
+        (["bits=w4a4", "attn_bits=none"], None, None),
+    ],
+)
+def test_attn_bits(overrides: list[str], P: int | None, V: int | None) -> None:
+    grids = config(*overrides).recipe().attention
+    assert (grids.P and grids.P.bits, grids.V and grids.V.bits) == (P, V)
+
+
+def test_grids_take_their_own_switches() -> None:
+    recipe = config("bits=w4a8", "group_size=32", "act_group_size=64", "symmetric=true").recipe()
+    assert (recipe.weights.bits, recipe.weights.group_size, recipe.weights.symmetric) == (4, 32, True)
+    assert (recipe.inputs.bits, recipe.inputs.group_size, recipe.inputs.symmetric) == (8, 64, False)
+    assert config("bits=w4a16").recipe().inputs is None
+
+
+def test_tmas_is_a_value_of_the_states_slot() -> None:
+    assert config("tmas=true").recipe().states == TMAS((0.3, 0.2, 0.2, 0.3))
+    assert config("tmas=true", "calibration.shares=[1,0]").recipe().states.shares == (1.0, 0.0)
+    assert config("calibration.states=uniform").recipe().states.name == "uniform"
+
+
+def test_the_sampler_is_the_models_unless_overridden() -> None:
+    for name in ("mini", "llada_8b_instruct"):
+        own = OmegaConf.to_object(composed(f"model={name}"))["model"]["sampler"]
+        sampler = config(f"model={name}").sampler_config()
+        assert {k: getattr(sampler, k) for k in own} == own
+    assert config("sampler=llada_semi_ar").sampler_config().block_length == 8
+    assert config("sampler.steps=24").sampler_config().steps == 24
+
+
+def test_build_gives_the_dataclass_its_fields() -> None:
+    assert build("method", {"_target_": "dllmq.methods.FP"}) == FP()
+    knobs = {"_target_": "dllmq.methods.AWQ", "n_grid": 10, "solver": "gptq"}
+    assert build("method", knobs) == AWQ(n_grid=10, solver="gptq")
+
+
+def test_a_run_and_its_twin_differ_in_the_switch_alone() -> None:
+    on, off = config("tmas=true").axes(), config("tmas=false").axes()
+    assert {k for k in on if on[k] != off[k]} == {"tmas"} and on.keys() == off.keys()
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["value_granularity=tensor", "act_symmetric=true", "calibration.num_prompts=3", "method.damp=0.1"],
+)
+def test_what_can_be_swept_is_an_axis(override: str) -> None:
+    assert config(override).axes() != config().axes()
+
+
+# ------------------------------------------------------------------ the fingerprint
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "bits=w8a8",
+        "seed=1",
+        "tmas=true",
+        "method=rtn",
+        "method.damp=0.02",
+        "group_size=32",
+        "act_symmetric=true",
+        "eval.limit=3",
+        "eval.batch_size=5",
+        "eval.eos_cut=none",
+        "eval.fidelity_states=8",
+        "sampler.steps=24",
+        "calibration.num_states=64",
+        "calibration.batch_size=8",
+        "tasks=mini_gsm",
+        "model.dtype=bfloat16",
+        "model.chat_template=true",
+    ],
+)
+def test_the_fingerprint_changes_with_what_changes_numbers(override: str) -> None:
+    assert fingerprint(config(override), "cpu") != fingerprint(config(), "cpu")
+
+
+@pytest.mark.parametrize(
+    "override", ["tracker=none", "tracker.project=x", "name=x", "resume=false", "dry_run=true", "device=cpu"]
+)
+def test_the_fingerprint_ignores_what_changes_no_number(override: str) -> None:
+    assert fingerprint(config(override), "cpu") == fingerprint(config(), "cpu")
+
+
+def test_the_fingerprint_knows_resolved_values() -> None:
+    default = str(config().widths())
+    assert fingerprint(config(f"bits={default}"), "cpu") == fingerprint(config("bits=auto"), "cpu")
+    assert fingerprint(config(), "cpu") != fingerprint(config(), "cuda:0")
+
+
+def test_the_fingerprint_reads_threads_from_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint(config(), "cpu")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert fingerprint(config(), "cpu") != before
+
+
+def test_the_fingerprint_reads_the_bytes_of_weights_tokenizer_and_data(tmp_path: Path) -> None:
+    folder = shutil.copytree(EMBEDDED, tmp_path / "model")
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "a"}\n')
+    of = config(f"model.path={folder}", f"calibration.data={data}")
+    seen = {fingerprint(of, "cpu")}
+    for file in (folder / "model.safetensors", folder / "tokenizer.json", data):
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 1
+        file.write_bytes(content)
+        seen.add(fingerprint(of, "cpu"))
+    assert len(seen) == 4
+
+
+def test_full_precision_is_the_same_for_every_cell_of_a_sweep() -> None:
+    cells = [
+        (f"method={method}", f"tmas={tmas}", f"bits={bits}", *more)
+        for method in ("rtn", "gptq", "awq", "fp")
+        for tmas in ("true", "false")
+        for bits, *more in (
+            ("w3a4",),
+            ("w4a16",),
+            ("w2a8", "seed=3", "calibration.num_states=7", "group_size=32"),
+        )
+    ]
+    assert len({fingerprint(_reference_config(config(*cell)), "cpu") for cell in cells}) == 1
+
+
+@pytest.mark.parametrize(
+    "override", ["eval.limit=3", "sampler.steps=24", "tasks=mini_gsm", "model.dtype=bfloat16"]
+)
+def test_full_precision_is_another_where_the_measurement_is(override: str) -> None:
+    reference = [fingerprint(_reference_config(config(*o)), "cpu") for o in ((), (override,))]
+    assert reference[0] != reference[1]
+
+
+def test_the_fingerprint_does_not_depend_on_the_order_of_fields() -> None:
+    of = config()
+    turned = replace(of, method=dict(reversed(of.method.items())))
+    assert fingerprint(turned, "cpu") == fingerprint(of, "cpu")
+
+
+# ------------------------------------------------------------------ folders
+
+
+def test_slug_is_a_plain_name_and_distinct_where_cut() -> None:
+    assert slug("method=awq,tmas=true") == "method=awq,tmas=true"
+    assert slug("tasks.names=[a, b]/../x") == "tasks.names=_a,_b_.._x"
+    assert slug("") == slug("../..") == "default"
+    long = [slug("a" * 150 + end) for end in "xy"]
+    assert len(set(long)) == 2 and all(len(name) <= 100 for name in long)
+
+
+def test_cell_name_begins_with_the_switches() -> None:
+    name = cell_name("eval.limit=3,method=awq,tasks.names=[a,b],tmas=true")
+    assert name == "method=awq,tmas=true,eval.limit=3,tasks.names=_a,b"
+    assert cell_name("") == cell_name(None) == "default"
+    cells = [cell_name(f"calibration.x={'1' * 100},tmas={value}") for value in ("true", "false")]
+    assert len(set(cells)) == 2 and cells[0].startswith("tmas=true,calibration")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "folder"),
+    [
+        ([], "outputs/default"),
+        (["method=awq,gptq", "tmas=true,false"], "outputs/method=awq,gptq_tmas=true,false"),
+        (["method=awq", "resume=false", "threads=1", "hydra.x=1", "dry_run=true"], "outputs/method=awq"),
+        (["method=awq", "name=mine"], "outputs/mine"),
+        (["method=awq", "name=null"], "outputs/method=awq"),
+        (["experiment=bitwidth"], "outputs/bitwidth"),
+        (["experiment=bitwidth", "bits=w4a4"], "outputs/experiment=bitwidth_bits=w4a4"),
+        (["name=../../elsewhere"], "outputs/elsewhere"),
+    ],
+)
+def test_sweep_folder(overrides: list[str], folder: str) -> None:
+    assert sweep_folder(overrides) == folder
