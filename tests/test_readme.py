@@ -12,10 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Sizes that keep a run to seconds; everything else is the README's.
-SMALL = (
-    "eval.limit=2 eval.batch_size=2 eval.mc_num=2 eval.mc_batch_size=2 eval.fidelity_states=4 eval.fidelity_prompts=2 "
-    "calibration.num_prompts=2 calibration.num_states=4 sampler.steps=6 tracker=none threads=1"
-).split()
+SMALL = [
+    *("eval.limit=2", "eval.batch_size=2", "eval.mc_num=2", "eval.mc_batch_size=2"),
+    *("eval.fidelity_states=4", "eval.fidelity_prompts=2", "calibration.num_prompts=2"),
+    *("calibration.num_states=4", "sampler.steps=6", "tracker=none", "threads=1"),
+]
 
 
 def blocks(language: str) -> list[str]:

@@ -1,12 +1,13 @@
-"""Fidelity: how far the quantized model's predictions are from full precision, on full precision's own states.
+"""Fidelity: how far a quantized model's predictions are from full precision, on full precision's states.
 
 Teacher-forced, on states of held-out full-precision trajectories, at masked positions:
 
     KL(fp || q) = sum_v p_fp(v) log(p_fp(v) / p_q(v))       nats
     top-1       = 1[argmax p_fp = argmax p_q]
 
-A state's value is the mean over its masked positions. Figures over states carry the standard error over *prompts*
-(states of one prompt are not independent). Curves: by denoising step, and by block of the mask ratio (0 = most masked).
+A state's value is the mean over its masked positions. Figures over states carry the standard error over
+*prompts* (states of one prompt are not independent). Curves: by denoising step, and by block of the mask
+ratio (0 = most masked).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -90,8 +91,8 @@ def reference(
     """Full precision's predictions on `count` held-out states.
 
     Args:
-        positions_per_state: at most so many masked positions of each state, None for all (a large vocabulary takes
-            E x 4 bytes a position).
+        positions_per_state: at most so many masked positions of each state, None for all (a position takes
+            E x 4 bytes).
     """
     rows = select_states(trajectories, count, seed)
     states = batches_of(rows, batch_size, model.config.eos_token_id, trajectories[0].num_steps)
@@ -113,24 +114,19 @@ def log_probabilities(model: Any, state: CalibrationState, positions: Tensor) ->
 @torch.no_grad()
 def measure(model: Any, ref: FidelityReference, progress: Progress | None = None) -> Fidelity:
     """Compares a model with the reference."""
-    kl, top1, steps, blocks, prompts = [], [], [], [], []
+    per_batch: dict[str, list[Tensor]] = {"kl": [], "top1": []}
     for number, (state, at, p) in enumerate(zip(ref.states, ref.positions, ref.log_probs, strict=True)):
         q = log_probabilities(model, state, at)
-        row = at.nonzero()[:, 0]
-        counts = at.sum(1).clamp(min=1)
-        for values, out in (
-            ((p.exp() * (p - q)).sum(-1), kl),
-            ((p.argmax(-1) == q.argmax(-1)).float(), top1),
-        ):
-            out.append(torch.zeros(len(counts)).index_add_(0, row, values) / counts)
-        steps.append(state.step)
-        blocks.append(ratio_block(state.mask_ratio, BLOCKS))
-        prompts.append(ref.prompt[number])
+        kl, same = (p.exp() * (p - q)).sum(-1), (p.argmax(-1) == q.argmax(-1)).float()
+        per_batch["kl"].append(_row_means(kl, at))
+        per_batch["top1"].append(_row_means(same, at))
         if progress is not None:
             progress(number + 1, len(ref.states), "fidelity")
-    step, block, prompt = torch.cat(steps), torch.cat(blocks), torch.cat(prompts)
+    step = torch.cat([s.step for s in ref.states])
+    block = ratio_block(torch.cat([s.mask_ratio for s in ref.states]), BLOCKS)
+    prompt = torch.cat(ref.prompt)
     values, curves = {}, {}
-    for name, parts in (("kl", kl), ("top1", top1)):
+    for name, parts in per_batch.items():
         per_state = torch.cat(parts)
         values[name] = _clustered(per_state, prompt)
         curves[f"{name}_by_step"] = _curve(step, per_state)
@@ -138,8 +134,14 @@ def measure(model: Any, ref: FidelityReference, progress: Progress | None = None
     return Fidelity(values, curves)
 
 
+def _row_means(values: Float[Tensor, " n"], at: Bool[Tensor, "B L"]) -> Float[Tensor, " B"]:
+    """Mean of each row's values, which lie at its positions `at` in row-major order."""
+    sums = torch.zeros(len(at)).index_add_(0, at.nonzero()[:, 0], values)
+    return sums / at.sum(1).clamp(min=1)
+
+
 def _clustered(per_state: Tensor, prompt: Tensor) -> dict[str, float | int]:
-    """Mean over states; standard error over prompts (ratio estimator: prompts have unequal numbers of states)."""
+    """Mean over states; standard error over prompts, which have unequal numbers of states."""
     mean = per_state.mean()
     ids, inverse = prompt.unique(return_inverse=True)
     sums = torch.zeros(len(ids), dtype=torch.float64).index_add_(0, inverse, (per_state - mean).double())
@@ -176,7 +178,10 @@ def load_reference(path: Path) -> FidelityReference:
     count = 1 + max(int(name.split(".")[0]) for name in tensors if "." in name)
     num_steps = int(tensors["num_steps"])
     fields = ("tokens", "masked", "valid", "response", "score", "step")
-    states = [CalibrationState(*(tensors[f"{i}.{f}"] for f in fields), num_steps) for i in range(count)]
+    states = [
+        CalibrationState(**{f: tensors[f"{i}.{f}"] for f in fields}, num_steps=num_steps)
+        for i in range(count)
+    ]
     columns = [[tensors[f"{i}.{f}"] for i in range(count)] for f in ("positions", "log_probs", "prompt")]
     return FidelityReference(states, *columns)
 

@@ -165,8 +165,9 @@ class DiffusionLM(LM):
     def _denoise(self, prompts: list[list[int]], index: int, num_batches: int) -> list[list[int]]:
         """The generated tokens of one batch.
 
-        With eos_cut = first it ends as soon as every row's answer is settled (an EOS with no mask before it: nothing
-        before the cut can change any more, so the answers are those of the full run). What is left stays masked.
+        With eos_cut = first it ends as soon as every row's answer is settled (an EOS with no mask before it:
+        nothing before the cut can change any more, so the answers are those of the full run). What is left
+        stays masked.
         """
         sampler = self.settings.sampler
         prompt_ids, attention_mask = left_pad(prompts, pad=self.eos_ids[0] if self.eos_ids else 0)

@@ -1,8 +1,8 @@
 """y = x W^T + b in full precision, on the fastest exact kernel of the device.
 
-On CPU in fp32 oneDNN's matrix product is used instead of the BLAS that `torch.nn.functional.linear` calls: the same sum
-in another order, 2.4 times as fast where MKL has no AVX-512 path for the processor (AMD Zen 5, 84 -> 200 GFLOP/s a core),
-equal elsewhere. Everything else goes to torch.
+On CPU in fp32 oneDNN's matrix product is used instead of the BLAS that `torch.nn.functional.linear` calls:
+the same sum in another order, 2.4 times as fast where MKL has no AVX-512 path for the processor (AMD Zen 5,
+84 -> 200 GFLOP/s a core), equal elsewhere. Everything else goes to torch.
 """
 
 from __future__ import annotations

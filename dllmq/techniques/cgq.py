@@ -1,21 +1,22 @@
-"""CGQ, Certainty-Guided Quantization (DLLMQuant, arXiv 2508.14090): how much a token counts in the weight error.
+"""CGQ, Certainty-Guided Quantization (DLLMQuant, arXiv 2508.14090): how much a token counts in the error.
 
 GPTQ's Hessian is taken on scaled inputs:
 
     X~_j = x_j (1[x_t,j = MASK] + sqrt(s_j)),   H = 2 X~ X~^T
 
-with a *custom* indicator (1 for masked tokens, 0.7 for unmasked ones) and s_j the model's confidence, the softmax
-probability of its predicted token. So the weight on a token's squared error is
+with a *custom* indicator (1 for masked tokens, 0.7 for unmasked ones) and s_j the model's confidence, the
+softmax probability of its predicted token. So the weight on a token's squared error is
 
     c_j = (indicator_j + sqrt(s_j))^2
 
 A masked token of high confidence is about to be committed and drives the next step.
 
-Where the paper is silent, we decide: s_j = 0 on decoded tokens (`unmasked_confidence = zero`). With the literal reading
-(`model`) decoded tokens keep their own, high, confidence and end up weighing as much as the masked ones, and the error on
-masked tokens rises. Both are selectable. The weights enter every statistic and loss of a method through the one c_j they all
-take: the Gram matrix (GPTQ), mean |x| and the search losses (AWQ). A constant weight changes nothing; with clean text and
-`zero` every weight is 0.7^2, so CGQ is inert there.
+Where the paper is silent, we decide: s_j = 0 on decoded tokens (`unmasked_confidence = zero`). With the
+literal reading (`model`) decoded tokens keep their own, high, confidence and end up weighing as much as the
+masked ones, and the error on masked tokens rises. Both are selectable. The weights enter every statistic
+and loss of a method through the one c_j they all take: the Gram matrix (GPTQ), mean |x| and the search
+losses (AWQ). A constant weight changes nothing; with clean text and `zero` every weight is 0.7^2, so CGQ is
+inert there.
 
 Off: `recipe.uniform_weight`.
 """
@@ -53,11 +54,12 @@ def token_weights(
     """
     if unmasked_confidence not in UNMASKED_CONFIDENCE:
         raise ValueError(
-            f"unmasked_confidence={unmasked_confidence} is not known; it is {' or '.join(UNMASKED_CONFIDENCE)}."
+            f"unmasked_confidence={unmasked_confidence} is not known; it is "
+            f"{' or '.join(UNMASKED_CONFIDENCE)}."
         )
     if min(unmasked, masked_indicator) < 0:
         raise ValueError(
-            f"indicators are {masked_indicator} (masked) and {unmasked} (unmasked); they must be >= 0."
+            f"indicators are {masked_indicator} (masked), {unmasked} (unmasked); they must be >= 0."
         )
     indicator = torch.where(masked, masked_indicator, unmasked)
     s = score if unmasked_confidence == "model" else torch.where(masked, score, 0.0)

@@ -1,19 +1,22 @@
-"""IA-AQ, Interaction-Aware Activation Quantization (DLLMQuant, arXiv 2508.14090): the scale of the attention values.
+"""IA-AQ, Interaction-Aware Activation Quantization (DLLMQuant, arXiv 2508.14090): the scale of V.
 
-The product P V is the main source of the error that accumulates over denoising steps. V's scale is chosen by the error
-*after* mixing, so that tokens which many queries read keep their precision:
+The product P V is the main source of the error that accumulates over denoising steps. V's scale is chosen
+by the error *after* mixing, so that tokens which many queries read keep their precision:
 
-    L(s) = || Deq(Q(P)) (Deq(Q_s(V)) - V) ||_F^2,   s = alpha (V_max - V_min) / (Q_max - Q_min),   alpha = 1.0 ... 0.8
+    L(s) = || Deq(Q(P)) (Deq(Q_s(V)) - V) ||_F^2
+    s = alpha (V_max - V_min) / (Q_max - Q_min),   alpha = 1.0 ... 0.8
 
-Where the paper is silent, we decide: a grid of step 0.01; asymmetric, the range widened to contain 0 and shrunk at both ends,
-so z = round(-alpha V_min / s) does not depend on alpha; one static scale per layer and granularity group (`head` by default,
-`tensor`, `channel`), its losses summed over all calibration states; of equal losses the largest alpha. alpha = 1 is in the
-grid, so the objective is never above min-max. With grouped-query attention a value head is read by all its query heads.
+Where the paper is silent, we decide: a grid of step 0.01; asymmetric, the range widened to contain 0 and
+shrunk at both ends, so z = round(-alpha V_min / s) does not depend on alpha; one static scale per layer and
+granularity group (`head` by default, `tensor`, `channel`), its losses summed over all calibration states;
+of equal losses the largest alpha. alpha = 1 is in the grid, so the objective is never above min-max. With
+grouped-query attention a value head is read by all its query heads.
 
-`EqualWeightSearch` is the same search with every token equal, L(s) = || Deq(Q_s(V)) - V ||_F^2: it tells interaction apart
-from plain clip search in an ablation. Off (alpha = 1): `calibration.values.MinMax`.
+`EqualWeightSearch` is the same search with every token equal, L(s) = || Deq(Q_s(V)) - V ||_F^2: it tells
+interaction apart from plain clip search in an ablation. Off (alpha = 1): `calibration.values.MinMax`.
 
-Legend: V [B, kv, L, h], P [B, heads, Q, L] (0 in the rows of pads), E = Deq(Q(V)) - V, groups as `Granularity` has them.
+Legend: V [B, kv, L, h], P [B, heads, Q, L] (0 in the rows of pads), E = Deq(Q(V)) - V, groups as
+`Granularity` has them.
 """
 
 from __future__ import annotations
@@ -89,7 +92,8 @@ class IAAQ(MinMax):
     ) -> Float[Tensor, "kv h"]:
         """sum over batch, queries and the query heads of each value head of (P E)^2."""
         maps = P.float().unflatten(1, (E.shape[1], -1))  # [B, kv, heads / kv, Q, L]
-        return (maps @ E[:, :, None]).double().pow(2).sum((0, 2, 3))
+        mixed: Tensor = maps @ E[:, :, None]
+        return mixed.double().pow(2).sum((0, 2, 3))
 
     def _group(self, by_channel: Float[Tensor, "kv h"]) -> Float[Tensor, " groups"]:
         if self.granularity == "tensor":

@@ -60,7 +60,9 @@ def test_values_and_curves_are_those_of_the_definition(trajectories) -> None:
     by_block = found.curves["kl_by_mask_ratio"]
     assert by_block["step"] == [0, 1, 2, 3]
     for block, value in enumerate(by_block["value"]):
-        chosen = [kl for kl, row in zip(kls, rows, strict=True) if int((1 - row.mask_ratio) * 4 + 1e-6) == block]
+        chosen = [
+            kl for kl, row in zip(kls, rows, strict=True) if int((1 - row.mask_ratio) * 4 + 1e-6) == block
+        ]
         assert value == pytest.approx(sum(chosen) / len(chosen), rel=1e-4)
 
 

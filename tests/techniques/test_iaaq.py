@@ -1,4 +1,4 @@
-"""IA-AQ: equals a brute-force float64 search, never above min-max, and sees interaction where plain search does not."""
+"""IA-AQ: equals a brute-force float64 search, is never above min-max, and sees interaction."""
 
 import pytest
 import torch
