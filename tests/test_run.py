@@ -78,10 +78,11 @@ def numbers(record: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A 2 x 2 sweep: where it ran, its folder, what was printed."""
+    """A 2 x 2 sweep: where it ran, its folder, what was printed and logged."""
     where = tmp_path_factory.mktemp("sweep")
     done = finished(command(where, *SWEEP, "name=small"))
-    return SimpleNamespace(where=where, folder=where / "outputs" / "small", stdout=done.stdout)
+    folder = where / "outputs" / "small"
+    return SimpleNamespace(where=where, folder=folder, stdout=done.stdout, log=done.stderr)
 
 
 # ------------------------------------------------------------------ a sweep
@@ -118,7 +119,7 @@ def test_full_precision_is_measured_once(sweep: SimpleNamespace) -> None:
     assert (
         baseline.cost["quantized_share"] == 0 and baseline.config["method"]["_target_"] == "dllmq.methods.FP"
     )
-    assert sweep.stdout.count("full precision: measured once") == 1
+    assert sweep.log.count("full precision: measured once") == 1
     assert (sweep.folder / "samples_mini_gsm.jsonl").read_text().count("\n") == 3
     assert len(list((sweep.folder / ".shared").glob("*.safetensors"))) == 2
 
@@ -139,8 +140,8 @@ def test_the_same_command_runs_nothing_twice(sweep: SimpleNamespace) -> None:
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in kept}
     done = finished(command(sweep.where, *SWEEP, "name=small"))
     assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in kept} == before
-    assert done.stdout.count("finished already") == 4
-    assert "gptq" in done.stdout.rpartition("finished already")[2]  # the table is printed again
+    assert done.stderr.count("finished already") == 4
+    assert done.stdout == sweep.stdout  # the table is printed again
 
 
 def test_a_single_run_elsewhere_has_the_same_numbers_and_a_wandb_folder(
