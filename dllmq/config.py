@@ -427,7 +427,7 @@ def fingerprint(config: RunConfig, device: str) -> str:
     values = {k: v for k, v in config.plain().items() if k not in _NEUTRAL}
     parts = {
         "config": values,
-        "weights": {p.name: file_digest(p) for p in sorted(folder.iterdir()) if p.is_file()},
+        "weights": {p.name: file_digest(p) for p in sorted(folder.iterdir()) if p.suffix in READ},
         "data": file_digest(Path(config.calibration.data)) if config.calibration.data else None,
         "code": code_digest(),
         "device": device,
