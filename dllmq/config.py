@@ -417,6 +417,10 @@ def device_of(config: RunConfig) -> str:
 _NEUTRAL = ("tracker", "resume", "name", "dry_run", "device", "threads")
 
 
+# What is read of a checkpoint folder (not its README): config, weights, tokenizer.
+READ = (".json", ".safetensors", ".jinja", ".txt", ".model")
+
+
 def fingerprint(config: RunConfig, device: str) -> str:
     """sha256 over all that affects the numbers: config, weights, tokenizer, data, code, device, threads."""
     import torch
