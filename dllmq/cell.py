@@ -279,7 +279,8 @@ class Cell:
             fingerprint=self.key,
             per_problem=result.per_problem,
             calibration=report.states,
-            notes={"method": report.notes, "backend": "fake", "counters": result.counters},
+            notes={"method": report.notes, "backend": "fake", "counters": result.counters}
+            | {"baseline": self.fp_key},
         )
 
 

@@ -15,7 +15,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = [
     *("eval.limit=2", "eval.batch_size=2", "eval.mc_num=2", "eval.mc_batch_size=2"),
     *("eval.fidelity_states=4", "eval.fidelity_prompts=2", "calibration.num_prompts=2"),
-    *("calibration.num_states=4", "sampler.steps=6", "tracker=none", "threads=1"),
+    *("calibration.num_states=4", "sampler.gen_length=48", "sampler.block_length=16"),
+    *("sampler.steps=6", "tracker=none", "threads=1"),
 ]
 
 
@@ -81,6 +82,8 @@ def test_run_commands(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         command = command.replace("/ckpts/LLaDA-8B-Base", str(ROOT / "dllmq" / "mini" / "weights"))
     extra = [] if "dry_run=true" in command else SMALL
     extra = [o for o in extra if o.partition("=")[0] not in command]
+    if "experiment=bitwidth" in command:  # with overrides beside it an experiment has a folder of its own
+        extra.append("name=bitwidth")
     run(command, tmp_path, monkeypatch, extra)
     if "dry_run=true" in command:
         assert not list(tmp_path.rglob("results.json"))

@@ -166,6 +166,11 @@ def _branches(rng: Random, name: str) -> CodeProblem:
     return CodeProblem(name, "n", docstring, body, inputs, ("branch", comparison, a_op, b_op), (k, a, b))
 
 
+def draw_string_program(rng: Random) -> CodeProblem:
+    """One string program."""
+    return _strings(rng, rng.choice(FUNCTIONS))
+
+
 def draw_code_problem(rng: Random) -> CodeProblem:
     """One program; lists, strings, branches in the shares 60 : 25 : 15."""
     family = rng.choices((_lists, _strings, _branches), weights=(60, 25, 15))[0]

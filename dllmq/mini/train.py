@@ -1,4 +1,7 @@
-"""Trains the embedded model from generated problems: `python -m dllmq.mini.train --out FOLDER`.
+"""Trains the embedded model from generated problems, in two stages:
+
+    python -m dllmq.mini.train --out BASE
+    python -m dllmq.mini.train --out FOLDER --stage polish --init BASE
 
 LLaDA's architecture and objective (predict masked tokens from a bidirectional forward); the published folder
 format comes out. Runs on 2 CPU cores within two hours, or on a GPU with --device cuda. An interrupted run
@@ -17,7 +20,7 @@ import logging
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,13 +34,14 @@ from transformers import PreTrainedTokenizerFast
 from dllmq.mini.tokenizer import build_tokenizer
 from dllmq.mini.training_data import Batch, DataConfig, batches
 from dllmq.models.llada import LLaDA, LLaDAConfig
+from dllmq.models.loading import load_model
 
 log = logging.getLogger("dllmq.mini.train")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The recipe; the defaults made the shipped weights."""
+    """A stage of the recipe; `STAGES` made the shipped weights."""
 
     d_model: int = 256
     n_layers: int = 6
@@ -53,6 +57,20 @@ class TrainConfig:
     adam_weight_decay: float = 0.01
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
+
+
+STAGES = {
+    "base": TrainConfig(),
+    # From base's weights: more string programs, whose letters base copies wrongly.
+    "polish": TrainConfig(
+        steps=900,
+        decay=0.7,
+        muon_lr=0.004,
+        adam_lr=1e-3,
+        seed=1,
+        data=DataConfig(drill=0.2, code=0.15, strings=0.3),
+    ),
+}
 
 
 def model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> LLaDAConfig:
@@ -134,8 +152,11 @@ def train(
     every: int = 250,
     rank: int = 0,
     workers: int = 1,
+    init: Path | None = None,
 ) -> LLaDA:
-    """Runs the recipe; checkpoints to out/checkpoint.pt, the model's folder to `out` at every checkpoint.
+    """Runs a stage; checkpoints to out/checkpoint.pt, the model's folder to `out` at every checkpoint.
+
+    `init` is the folder whose weights it starts from; random weights without.
 
     With several workers each takes its share of every batch's rows and gradients are averaged.
     """
@@ -145,6 +166,8 @@ def train(
     tokenizer = build_tokenizer()
     model = LLaDA(model_config(config, tokenizer))
     model.init_weights(torch.Generator().manual_seed(config.seed))
+    if init is not None:
+        model.load_state_dict(load_model(init).state_dict())
     model.to(device)
     optims = optimizers(model, config)
     base_lr = [[g["lr"] for g in o.param_groups] for o in optims]
@@ -197,11 +220,13 @@ def train(
     return model
 
 
-def _worker(rank: int, workers: int, port: int, config: TrainConfig, out: Path, compiled: bool) -> None:
+def _worker(
+    rank: int, workers: int, port: int, config: TrainConfig, out: Path, compiled: bool, init: Path | None
+) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
-    train(config, out, "cpu", compiled, rank=rank, workers=workers)
+    train(config, out, "cpu", compiled, rank=rank, workers=workers, init=init)
     dist.destroy_process_group()
 
 
@@ -214,19 +239,22 @@ def _free_port() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dllmq.mini.train", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the trained model")
-    parser.add_argument("--steps", type=int, default=TrainConfig.steps)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stage", choices=list(STAGES), default="base")
+    parser.add_argument("--init", type=Path, help="folder whose weights to start from (polish: base's)")
+    parser.add_argument("--steps", type=int, help="instead of the stage's own")
+    parser.add_argument("--seed", type=int, help="instead of the stage's own")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=2, help="CPU processes, one thread each; not on a GPU")
     parser.add_argument("--eager", action="store_true", help="do not compile the blocks")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    config = TrainConfig(steps=arguments.steps, seed=arguments.seed)
+    given = {name: value for name in ("steps", "seed") if (value := getattr(arguments, name)) is not None}
+    config = replace(STAGES[arguments.stage], **given)
     compiled = not arguments.eager
     if arguments.device != "cpu" or arguments.workers == 1:
-        train(config, arguments.out, arguments.device, compiled)
+        train(config, arguments.out, arguments.device, compiled, init=arguments.init)
         return
-    keywords = (arguments.workers, _free_port(), config, arguments.out, compiled)
+    keywords = (arguments.workers, _free_port(), config, arguments.out, compiled, arguments.init)
     torch.multiprocessing.spawn(_worker, args=keywords, nprocs=arguments.workers)
 
 

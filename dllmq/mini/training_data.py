@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from dllmq.mini.code_problems import CodeProblem, draw_code_problem
+from dllmq.mini.code_problems import CodeProblem, draw_code_problem, draw_string_program
 from dllmq.mini.splits import problem_split
 from dllmq.mini.word_problems import ITEMS, WordProblem, draw_equation, draw_word_problem
 
@@ -33,6 +33,7 @@ class DataConfig:
 
     Attributes:
         drill, code: shares of drills and programs; the rest are word problems.
+        strings: share of string programs beside those in `code`: letters need rows, as digits need drills.
         chat: share of the word problems in chat layout.
         block: share of the rows masked block-wise.
         pad_weight: loss weight of the padding EOS; later_weight: of the blocks after the current one.
@@ -41,6 +42,7 @@ class DataConfig:
 
     drill: float = 0.3
     code: float = 0.22
+    strings: float = 0.0
     chat: float = 0.15
     block: float = 0.6
     pad_weight: float = 0.1
@@ -76,6 +78,9 @@ def _texts(config: DataConfig, rng: Random, tokenizer: PreTrainedTokenizerFast) 
         return "", "\n".join(lines) + "\n", True
     if kind < config.drill + config.code:
         program = _train_draw(draw_code_problem, rng)
+        return program.prompt, program.solution, False
+    if kind < config.drill + config.code + config.strings:
+        program = _train_draw(draw_string_program, rng)
         return program.prompt, program.solution, False
     problem = _train_draw(draw_word_problem, rng)
     prompt = f"Question: {problem.question}\nAnswer:"

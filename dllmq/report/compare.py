@@ -106,9 +106,10 @@ def delta(record: RunRecord, reference: RunRecord | None, task: str, metric: str
     """Difference of one task's score, paired by problem where both kept their problems.
 
     Without per-problem values (or with different problems) the two standard errors add in squares, which
-    overstates the error of a paired comparison; None when either score is missing.
+    overstates the error of a paired comparison. None when either score is missing, and when `reference` is a
+    sweep's full precision measured under other settings than the run's own (a sweep over the model, say).
     """
-    if reference is None:
+    if reference is None or not comparable(record, reference):
         return None
     a, b = (r.per_problem.get(task, {}).get(metric) for r in (record, reference))
     if a and b and len(a) == len(b) and None not in a and None not in b:
@@ -120,6 +121,12 @@ def delta(record: RunRecord, reference: RunRecord | None, task: str, metric: str
     errors = ours["stderr"], theirs["stderr"]
     stderr = math.hypot(*errors) if None not in errors else None
     return Delta(ours["value"] - theirs["value"], stderr, None, paired=False)
+
+
+def comparable(record: RunRecord, reference: RunRecord) -> bool:
+    """Whether a full-precision reference is the run's own, where the run names it (`notes.baseline`)."""
+    own = record.notes.get("baseline")
+    return reference.axes.get("method") != "fp" or own is None or own == reference.fingerprint
 
 
 def relative_change(record: RunRecord, reference: RunRecord, metric: str) -> float | None:

@@ -43,6 +43,14 @@ def test_scores_are_shown_with_error_and_n(sweep):
     assert column(results_table(sweep), "mini_gsm\nexact_match %")[1] == expected
 
 
+def test_no_delta_to_a_full_precision_of_other_settings(sweep):
+    own = dataclasses.replace(sweep.records[0], notes={"baseline": sweep.baseline.fingerprint})
+    other = dataclasses.replace(sweep.records[0], notes={"baseline": "of another model"})
+    assert delta(own, sweep.baseline, "mini_gsm", "exact_match") is not None
+    assert delta(other, sweep.baseline, "mini_gsm", "exact_match") is None
+    assert delta(other, sweep.records[1], "mini_gsm", "exact_match") is not None  # a twin is a twin
+
+
 def test_delta_to_full_precision_is_paired(sweep):
     a, b = (r.per_problem["mini_gsm"]["exact_match"] for r in (sweep.records[0], sweep.baseline))
     d = paired_difference(a, b)
