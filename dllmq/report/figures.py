@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from dllmq.report.compare import curve, is_share, label, tasks, varying_axes, varying_toggles
 from dllmq.report.results import RunRecord, Sweep
@@ -218,6 +218,8 @@ def _kl_axis(ax: Axes, values: list[float | int], log: bool = True) -> None:
     positive = [v for v in values if v > 0]
     if log and positive and len(positive) == len(values) and max(positive) > 50 * min(positive):
         ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # powers of ten would need mathtext
+        ax.yaxis.set_minor_formatter(NullFormatter())
         ax.set_ylabel("KL, nats (log scale)")
     else:
         ax.set_ylim(bottom=0)

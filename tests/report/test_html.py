@@ -118,6 +118,17 @@ def test_ids_are_unique_and_references_resolve(page):
     assert set(re.findall(r'(?:url\(|xlink:href=")#([^")]+)', page)) <= set(ids)
 
 
+def test_a_log_axis_has_plain_labels(tmp_path):
+    """Mathtext is off (text from records is never interpreted), so a label must not need it."""
+    steep = dataclasses.replace(
+        cells()[0], curves={"kl_by_step": {"step": [0, 1, 2], "value": [0.5, 0.01, 0.0001]}}
+    )
+    (step,) = (d for d in draw(Sweep("s", (steep,), None, ())) if d.name == "kl-by-step")
+    svg = to_svg(step)
+    assert "log scale" in svg and "mathdefault" not in svg
+    assert ">0.01<" in svg
+
+
 def test_figures_are_deterministic_valid_svg(sweep):
     first, second = ([to_svg(d) for d in draw(sweep)] for _ in range(2))
     assert first == second
