@@ -1,7 +1,6 @@
-"""One cell of a sweep: full precision's share of the work (once a sweep), quantize, measure, record.
+"""One cell of a sweep: full precision's share of the work (once for all), quantize, measure, record.
 
-A sweep folder holds <cell>/results.json, baseline.json (full precision's record; its answers beside it) and
-.shared/ (full precision's trajectories and predictions, named after the fingerprint of what made them).
+A sweep folder holds <cell>/results.json and baseline.json (full precision's record; its answers beside it).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,28 +22,29 @@ import torch
 from torch import Tensor
 
 from dllmq import __version__
-from dllmq.calibration.prompts import encode_prompts, read_prompts
-from dllmq.calibration.states import Trajectory, record_trajectories
+from dllmq.cache import Cache
+from dllmq.calibration.states import Trajectory
 from dllmq.config import Plan, RunConfig, build, fingerprint
-from dllmq.evaluation import fidelity
+from dllmq.evaluation.divergence import measure_divergence
+from dllmq.evaluation.fidelity import Fidelity, FidelityReference, measure
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.tasks import EvalResult, evaluate
+from dllmq.full_precision import HELD_OUT_SEED, ForwardCounter, FullPrecision
 from dllmq.methods import FP
-from dllmq.mini.splits import Split
-from dllmq.mini.tasks import problems
 from dllmq.models.loading import checkpoint_folder, load_model
 from dllmq.models.tokenizer import load_tokenizer
-from dllmq.pipeline import QuantizationReport, quantize, weight_bytes
+from dllmq.pipeline import QuantizationReport, quantize, set_backend, weight_bytes
 from dllmq.report.results import (
     BASELINE,
     RESULTS,
     STATUS,
     RunRecord,
     load_record,
+    to_plain,
     write_json_atomic,
     write_text_atomic,
 )
-from dllmq.report.tracker import TrackedRun
+from dllmq.report.tracker import TrackedRun, changed_samples
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
@@ -96,7 +96,7 @@ class Cell:
         self.plan, self.config = plan, plan.config
         self.folder, self.sweep, self.name, self.command = folder, sweep, name, command
         self.progress = progress
-        self.stages = Stages(plan.device)
+        self.stages, self.backend = Stages(plan.device), ""
         self.key = fingerprint(self.config, plan.device)
         self.fp_key = fingerprint(_reference_config(self.config), plan.device)
 
@@ -118,6 +118,7 @@ class Cell:
             raise
         (self.folder / STATUS).unlink(missing_ok=True)
         tracker.log_curves(record.curves)
+        tracker.log_samples(changed_samples(record, self.folder / RESULTS, self.sweep))
         tracker.finish(record, self.folder / RESULTS)
         return record
 
@@ -143,27 +144,36 @@ class Cell:
         return None
 
     def _compute(self) -> RunRecord:
-        config, stages = self.config, self.stages
+        config, stages, forwards = self.config, self.stages, ForwardCounter()
         with stages("load"):
             model, tokenizer = self._load()
-        baseline = self._baseline(model, tokenizer)
-        if isinstance(self.plan.recipe.method, FP):
-            return replace(baseline, axes=config.axes(), run_name=self.name, config=config.plain(),
-                           fingerprint=self.key, command=self.command)  # fmt: skip
-        with stages("calibrate"):
-            prompts = self._prompts(tokenizer, held_out=False)
-            trajectories = self._trajectories(model, prompts)
-        with stages("reference"):
-            reference = self._reference(model, tokenizer)
+        folder = Path(config.cache_dir) if config.cache_dir else self.sweep / ".shared"
+        shared = FullPrecision(self.plan, Cache(folder), model, tokenizer, self.progress)
+        with forwards.watching(model):
+            baseline = self._baseline(shared)
+            if isinstance(self.plan.recipe.method, FP):
+                return replace(baseline, axes=config.axes(), run_name=self.name, config=config.plain(),
+                               fingerprint=self.key, command=self.command)  # fmt: skip
+            with stages("calibrate"):
+                prompts = shared.prompts()
+                states = shared.states(prompts)
+            reference = None
+            if config.eval.fidelity_states:
+                with stages("reference"):
+                    reference = Reference(*shared.held_out(), shared.reference())
         recorded = stages.cost["calibrate_s"]
         with stages("quantize"):
-            report = quantize(model, prompts, self.plan.recipe, trajectories, self.progress)
+            report = quantize(model, prompts, self.plan.recipe, None, self.progress, states)
         stages.cost |= report.seconds
         stages.cost["calibrate_s"] = recorded + report.seconds["calibrate_s"]  # type: ignore[operator]
+        stages.cost["fp_forwards"] = forwards.count
+        self.backend = set_backend(model, config.backend)
         inert = self.plan.recipe.inert()
         for line in inert:
             log.warning("no effect: %s", line)
-        return self._measure(model, tokenizer, reference, report, inert, self.folder)
+        record, result = self._measure(model, tokenizer, reference, report, inert)
+        _write_samples(result.samples, self.folder)
+        return replace(record, notes=record.notes | {"shared": {"read": shared.hits, "made": shared.made}})
 
     def _load(self) -> tuple[Any, Any]:
         config = self.config
@@ -172,93 +182,53 @@ class Cell:
         folder = checkpoint_folder(config.model_path)
         return load_model(folder, self.plan.device, dtype), load_tokenizer(folder)
 
-    def _baseline(self, model: Any, tokenizer: Any) -> RunRecord:
-        """Full precision's record, measured by the first cell of a sweep and read by the others."""
+    def _baseline(self, shared: FullPrecision) -> RunRecord:
+        """Full precision's record: the sweep's, or the cache's, or measured here."""
         file = self.sweep / BASELINE
-        if file.is_file():
+        if self.config.resume and file.is_file():
             try:
                 record = load_record(file)
                 if record.fingerprint == self.fp_key:
                     return record
             except ValueError as error:
-                log.warning("%s: not readable (%s); full precision is measured again", file, error)
-        log.info("full precision: measured once for the sweep")
+                log.warning("%s: not readable (%s); full precision is looked up again", file, error)
+        found = shared.baseline(self.fp_key, lambda: self._measure_full_precision(shared))
+        _write_samples(found["samples"], self.sweep)
+        record = RunRecord(**found["record"])
+        write_json_atomic(file, record)
+        return record
+
+    def _measure_full_precision(self, shared: FullPrecision) -> dict[str, Any]:
+        log.info("full precision: measured once")
         stages, self.stages = self.stages, Stages(self.plan.device)
+        model = shared.model
         report = QuantizationReport(0.0, weight_bytes(model), {})
-        record = self._measure(model, tokenizer, None, report, [], self.sweep)
+        record, result = self._measure(model, shared.tokenizer, None, report, [])
         reference = _reference_config(self.config)
         record = replace(record, run_name="full precision", fingerprint=self.fp_key,
                          config=reference.plain(), seed=reference.seed, axes=reference.axes())  # fmt: skip
         self.stages = stages
-        write_json_atomic(file, record)
-        return record
-
-    def _prompts(self, tokenizer: Any, held_out: bool) -> list[Tensor]:
-        config = self.config
-        own, other = config.calibration.num_prompts, config.eval.fidelity_prompts
-        count = other if held_out else own
-        if config.calibration.data is not None:
-            texts = read_prompts(Path(config.calibration.data), own + other)
-            texts = texts[own:] if held_out else texts[:own]
-        else:
-            texts = _generated_prompts("dev" if held_out else "train", count, 0 if held_out else config.seed)
-        return encode_prompts(texts, tokenizer, config.model.chat_template)
-
-    def _shared(self, kind: str) -> Path:
-        return self.sweep / ".shared" / f"{kind}-{self.fp_key[:16]}.safetensors"
-
-    def _trajectories(self, model: Any, prompts: list[Tensor]) -> list[Trajectory]:
-        """Of the calibration prompts, recorded by the first cell that needs them."""
-        recipe = self.plan.recipe
-        file = self._shared(f"calibration-{recipe.observe}-{recipe.seed}")
-        if file.is_file():
-            return read_trajectories(file, recipe.sampler.steps)
-        found = record_trajectories(
-            model, prompts, recipe.sampler, recipe.batch_size, recipe.seed, recipe.observe, self.progress
-        )
-        write_trajectories(found, file)
-        return found
-
-    def _reference(self, model: Any, tokenizer: Any) -> fidelity.FidelityReference | None:
-        """Full precision's predictions on held-out states."""
-        config = self.config
-        if config.eval.fidelity_states == 0:
-            return None
-        file = self._shared("reference")
-        if file.is_file():
-            return fidelity.load_reference(file)
-        held_out = self._prompts(tokenizer, held_out=True)
-        sampler = self.plan.recipe.sampler
-        batch = config.calibration.batch_size
-        trajectories = record_trajectories(model, held_out, sampler, batch, 0, "committable", self.progress)
-        most = None if model.config.logit_size <= 4096 else 16
-        found = fidelity.reference(model, trajectories, config.eval.fidelity_states, batch, 0, most)
-        fidelity.save_reference(found, file)
-        return found
+        return to_plain({"record": record.to_json(), "samples": result.samples})
 
     def _measure(
         self,
         model: Any,
         tokenizer: Any,
-        reference: fidelity.FidelityReference | None,
+        reference: Reference | None,
         report: QuantizationReport,
         inert: list[str],
-        answers: Path,
-    ) -> RunRecord:
+    ) -> tuple[RunRecord, EvalResult]:
         config = self.config
         with self.stages("evaluate"):
             result = evaluate(
                 model, tokenizer, config.tasks.names, eval_settings(config, self.plan), config.eval.limit,
                 config.eval.allow_code_execution, self.sweep / ".shared" / "tasks", self.progress,
             )  # fmt: skip
-        found = fidelity.Fidelity({}, {})
+        found = Fidelity({}, {})
         if reference is not None:
             with self.stages("fidelity"):
-                found = fidelity.measure(model, reference, self.progress)
-            log.info("fidelity: KL %.4f, top-1 %.4f (n=%d states)", found.values["kl"]["value"],
-                     found.values["top1"]["value"], found.values["kl"]["n"])  # fmt: skip
-        _write_samples(result, answers)
-        return RunRecord(
+                found = self._fidelity(model, reference)
+        record = RunRecord(
             config=config.plain(),
             run_name=self.name,
             scores=result.scores,
@@ -279,24 +249,40 @@ class Cell:
             fingerprint=self.key,
             per_problem=result.per_problem,
             calibration=report.states,
-            notes={"method": report.notes, "backend": "fake", "counters": result.counters}
+            notes={"method": report.notes, "backend": self.backend, "counters": result.counters}
             | {"baseline": self.fp_key},
+            fidelity_per_prompt=found.per_prompt,
+        )
+        return record, result
+
+    def _fidelity(self, model: Any, reference: Reference) -> Fidelity:
+        """Teacher-forced on full precision's states, and free-running from the same prompts."""
+        sampler, batch = self.plan.recipe.sampler, self.config.calibration.batch_size
+        forced = measure(model, reference.forced, self.progress)
+        free = measure_divergence(
+            model, reference.trajectories, reference.prompts, sampler, batch, self.progress, HELD_OUT_SEED
+        )
+        kl, top1 = forced.values["kl"], forced.values["top1"]
+        log.info("fidelity: KL %.4f, top-1 %.4f (n=%d states), final agreement %.3f", kl["value"],
+                 top1["value"], kl["n"], free.values["final_agreement"]["value"])  # fmt: skip
+        return Fidelity(
+            forced.values | free.values, forced.curves | free.curves, forced.per_prompt | free.per_prompt
         )
 
 
-def _write_samples(result: EvalResult, folder: Path) -> None:
-    for task, samples in result.samples.items():
-        lines = "".join(json.dumps(sample, default=str) + "\n" for sample in samples)
+@dataclass(frozen=True)
+class Reference:
+    """Full precision on the held-out prompts: its runs, and its predictions on their states."""
+
+    prompts: list[Tensor]
+    trajectories: list[Trajectory]
+    forced: FidelityReference
+
+
+def _write_samples(samples: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+    for task, rows in samples.items():
+        lines = "".join(json.dumps(row, default=str) + "\n" for row in rows)
         write_text_atomic(folder / f"samples_{task}.jsonl", lines)
-
-
-def _generated_prompts(split: Split, count: int, seed: int) -> list[str]:
-    """Word problems and programs by turns."""
-    half = -(-count // 2)
-    words, code = problems("mini_gsm", split, half, seed), problems("mini_code", split, half, seed)
-    pairs = zip(words, code, strict=True)
-    texts = [text for w, c in pairs for text in (f"Question: {w['question']}\nAnswer:", c["prompt"])]
-    return texts[:count]
 
 
 def eval_settings(config: RunConfig, plan: Plan) -> EvalSettings:
@@ -320,33 +306,12 @@ def _reference_config(config: RunConfig) -> RunConfig:
         config.full_precision(),
         group_size=plain.group_size, act_group_size=plain.act_group_size,
         symmetric=plain.symmetric, act_symmetric=plain.act_symmetric,
-        attn_bits=plain.attn_bits, value_granularity=plain.value_granularity,
-        seed=0, calibration=calibration,
+        attn_bits=plain.attn_bits, value_granularity=plain.value_granularity, value_scale=plain.value_scale,
+        cgq_unmasked=plain.cgq_unmasked, cgq_masked=plain.cgq_masked,
+        cgq_unmasked_confidence=plain.cgq_unmasked_confidence,
+        iaaq_alpha_min=plain.iaaq_alpha_min, iaaq_alpha_step=plain.iaaq_alpha_step,
+        backend=plain.backend, seed=0, calibration=calibration,
     )  # fmt: skip
-
-
-def write_trajectories(trajectories: list[Trajectory], path: Path) -> None:
-    """Saves trajectories as safetensors, whole or not at all."""
-    names = ("tokens", "masked", "score", "committed", "step", "final")
-    tensors = {
-        f"{i}.{n}": getattr(t, n).contiguous().clone() for i, t in enumerate(trajectories) for n in names
-    }
-    tensors |= {f"{i}.prompt_length": torch.tensor(t.prompt_length) for i, t in enumerate(trajectories)}
-    fidelity.write_tensors(tensors, path)
-
-
-def read_trajectories(path: Path, num_steps: int) -> list[Trajectory]:
-    tensors = fidelity.read_tensors(path)
-    names = ("tokens", "masked", "score", "committed", "step", "final")
-    count = 1 + max(int(name.split(".")[0]) for name in tensors)
-    return [
-        Trajectory(
-            **{n: tensors[f"{i}.{n}"] for n in names},
-            prompt_length=int(tensors[f"{i}.prompt_length"]),
-            num_steps=num_steps,
-        )
-        for i in range(count)
-    ]
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
@@ -367,10 +332,11 @@ def _generation_cost(result: EvalResult) -> dict[str, float | int | None]:
     generating = [c for c in result.counters.values() if c.get("generated_tokens")]
     seconds = sum(c["seconds"] for c in generating)
     tokens = sum(c["generated_tokens"] for c in generating)
+    requests = sum(c["requests"] for c in generating)
     return {
         "forwards": int(sum(c.get("forwards", 0) for c in result.counters.values())),
         "tokens_per_second": tokens / seconds if seconds else None,
-        "truncated": int(sum(c.get("truncated", 0) for c in generating)),
+        "truncated_share": sum(c.get("truncated", 0) for c in generating) / requests if requests else None,
     }
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,15 +24,19 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dllmq.calibration.prompts import read_prompts
 from dllmq.calibration.states import CleanText, RandomMask, StateSampler, UniformTrajectory
-from dllmq.calibration.values import MinMax
+from dllmq.calibration.values import MinMax, ValueScale
 from dllmq.diffusion import SamplerConfig
+from dllmq.models.linear import BACKENDS
 from dllmq.numerics import Grid
-from dllmq.recipe import FULL_PRECISION_BITS, AttentionGrids, Bits, Recipe
+from dllmq.recipe import FULL_PRECISION_BITS, AttentionGrids, Bits, Recipe, TokenWeight, uniform_weight
+from dllmq.techniques.cgq import CGQ
+from dllmq.techniques.iaaq import IAAQ, EqualWeightSearch, alpha_grid
 from dllmq.techniques.tmas import TMAS
 
 EMBEDDED = Path(__file__).parent / "mini" / "weights"
 GRANULARITIES = ("tensor", "head", "channel")
 DTYPES = ("auto", "float32", "bfloat16")
+VALUE_SCALES = ("minmax", "mse", "iaaq")
 STATES: dict[str, type] = {"clean": CleanText, "random_mask": RandomMask, "uniform": UniformTrajectory}
 
 
@@ -106,17 +110,27 @@ class RunConfig:
     eval: EvalFields = field(default_factory=EvalFields)
     tracker: dict[str, Any] = field(default_factory=dict)
     tmas: bool = False
+    cgq: bool = False
+    iaaq: bool = False
+    cgq_unmasked: float = 0.7
+    cgq_masked: float = 1.0
+    cgq_unmasked_confidence: str = "zero"
+    iaaq_alpha_min: float = 0.8
+    iaaq_alpha_step: float = 0.01
+    value_scale: str = "minmax"
+    value_granularity: str = "head"
     bits: str = "auto"
     group_size: int = -1
     act_group_size: int = -1
     symmetric: bool = False
     act_symmetric: bool = False
     attn_bits: str = "auto"
-    value_granularity: str = "head"
+    backend: str = "auto"
     device: str = "auto"
     threads: int | None = None
     seed: int = 0
     resume: bool = True
+    cache_dir: str | None = "outputs/.cache"
     name: str | None = None
     dry_run: bool = False
 
@@ -147,24 +161,44 @@ class RunConfig:
         return SamplerConfig(**vars(self.sampler))
 
     def states(self) -> StateSampler:
-        """The technique's sampler, or the off-state that `calibration.states` names; both are checked."""
-        off = choose("calibration.states", self.calibration.states, STATES)()
+        """TMAS, or what `calibration.states` names; both are checked."""
         on = TMAS(tuple(self.calibration.shares))
-        return on if self.tmas else off
+        off = choose("calibration.states", self.calibration.states, {**STATES, "tmas": None})
+        return on if self.tmas or off is None else off()
+
+    def token_weight(self) -> TokenWeight:
+        """CGQ or its off-state; its knobs are checked either way."""
+        on = CGQ(self.cgq_unmasked, self.cgq_unmasked_confidence, self.cgq_masked)
+        return on if self.cgq else uniform_weight
+
+    def value_scale_of(self) -> tuple[str, Callable[[Grid], ValueScale]]:
+        """IA-AQ, or what `value_scale` names: (name, what makes one per layer)."""
+        choose("value_granularity", self.value_granularity, dict.fromkeys(GRANULARITIES))
+        alphas = alpha_grid(self.iaaq_alpha_min, self.iaaq_alpha_step)
+        choose("value_scale", self.value_scale, dict.fromkeys(VALUE_SCALES))
+        if self.iaaq or self.value_scale == "iaaq":
+            return "iaaq", partial(IAAQ, granularity=self.value_granularity, alphas=alphas)
+        if self.value_scale == "mse":
+            return "mse", partial(EqualWeightSearch, granularity=self.value_granularity, alphas=alphas)
+        return "minmax", partial(MinMax, granularity=self.value_granularity)
 
     def recipe(self) -> Recipe:
         """The values of the pipeline's slots."""
         bits = self.widths()
         quantized = bits.activation != FULL_PRECISION_BITS
         inputs = Grid(bits.activation, self.act_group_size, self.act_symmetric) if quantized else None
-        choose("value_granularity", self.value_granularity, dict.fromkeys(GRANULARITIES))
+        name, value_scale = self.value_scale_of()
+        weight = self.token_weight()
         return Recipe(
             method=build("method", self.method),
             weights=Grid(bits.weight, self.group_size, self.symmetric),
             inputs=inputs,
             attention=AttentionGrids.parse(self.attn_bits, bits.activation),
             states=self.states(),
-            value_scale=partial(MinMax, granularity=self.value_granularity),
+            token_weight=weight,
+            value_scale=value_scale,
+            value_scale_name=name,
+            observe=getattr(weight, "observe", "masked"),
             num_states=self.calibration.num_states,
             batch_size=self.calibration.batch_size,
             sampler=self.sampler_config(),
@@ -190,7 +224,11 @@ class RunConfig:
             "attn_bits": self.attn_bits,
             "value_granularity": self.value_granularity,
             "states": self.calibration.states,  # with tmas too: its twin differs in the switch alone
+            "value_scale": self.value_scale,  # the same with iaaq
             "tmas": self.tmas,
+            "cgq": self.cgq,
+            "iaaq": self.iaaq,
+            "backend": self.backend,
             "num_states": self.calibration.num_states,
             "num_prompts": self.calibration.num_prompts,
             "gen_length": self.sampler.gen_length,
@@ -199,9 +237,13 @@ class RunConfig:
         } | self._knobs()
 
     def _knobs(self) -> dict[str, Any]:
-        """The method's fields that are not at their default, by name."""
-        method = build("method", self.method)
-        return {
+        """The techniques' and the method's fields that are not at their default, by name."""
+        method, plain = build("method", self.method), RunConfig()
+        names = ("cgq_unmasked", "cgq_masked", "cgq_unmasked_confidence", "iaaq_alpha_min", "iaaq_alpha_step")
+        own = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(plain, name)}
+        if self.calibration.shares != plain.calibration.shares:
+            own["shares"] = " ".join(f"{share:g}" for share in self.calibration.shares)
+        return own | {
             f.name: self.method[f.name]
             for f in fields(method)
             if f.name in self.method and f.name != "solver" and self.method[f.name] != f.default
@@ -214,7 +256,9 @@ class RunConfig:
 
     def full_precision(self) -> RunConfig:
         """The same run without quantization: the reference of a sweep."""
-        return replace(self, method={"_target_": "dllmq.methods.FP"}, tmas=False, bits="auto")
+        return replace(
+            self, method={"_target_": "dllmq.methods.FP"}, tmas=False, cgq=False, iaaq=False, bits="auto"
+        )
 
 
 def load(cfg: DictConfig) -> RunConfig:
@@ -331,6 +375,7 @@ def check_cell(cfg: DictConfig) -> Plan:
     check_tasks(config.tasks.names)
     check_code_execution(config.tasks.names, config.eval.allow_code_execution)
     choose("model.dtype", config.model.dtype, dict.fromkeys(DTYPES))
+    choose("backend", config.backend, dict.fromkeys(BACKENDS))
     _check_calibration(config)
     device = device_of(config)
     if config.dry_run and config.model.path is not None and is_hub_id(config.model.path):
@@ -380,7 +425,7 @@ def _check_calibration(config: RunConfig) -> None:
             raise ValueError(f"calibration.data={c.data} is not a file; give a JSONL file, or null.")
         read_prompts(Path(c.data), c.num_prompts + config.eval.fidelity_prompts)
     steps = min(config.sampler.steps, config.sampler.gen_length)  # a step that commits nothing is no state
-    if config.tmas and c.num_states > c.num_prompts * steps:
+    if (config.tmas or c.states == "tmas") and c.num_states > c.num_prompts * steps:
         raise ValueError(
             f"calibration.num_states={c.num_states}, but {c.num_prompts} prompts of {steps} steps have "
             f"{c.num_prompts * steps} states: ask for fewer, or raise calibration.num_prompts."
@@ -414,7 +459,7 @@ def device_of(config: RunConfig) -> str:
 # ------------------------------------------------------------------ identity
 
 # Keys that change no number, or that are part of the fingerprint resolved (device, threads).
-_NEUTRAL = ("tracker", "resume", "name", "dry_run", "device", "threads")
+_NEUTRAL = ("tracker", "resume", "name", "dry_run", "device", "threads", "cache_dir")
 
 
 # What is read of a checkpoint folder (not its README): config, weights, tokenizer.
@@ -423,22 +468,28 @@ READ = (".json", ".safetensors", ".jinja", ".txt", ".model")
 
 def fingerprint(config: RunConfig, device: str) -> str:
     """sha256 over all that affects the numbers: config, weights, tokenizer, data, code, device, threads."""
+    values = {k: v for k, v in config.plain().items() if k not in _NEUTRAL}
+    data = file_digest(Path(config.calibration.data)) if config.calibration.data else None
+    parts = identity(config, device) | {"config": values, "data": data}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def identity(config: RunConfig, device: str) -> dict[str, Any]:
+    """What any forward of the full-precision model depends on: weights, tokenizer, code, machine, dtype."""
     import torch
 
     from dllmq.models.loading import checkpoint_folder
 
     folder = checkpoint_folder(config.model_path)
-    values = {k: v for k, v in config.plain().items() if k not in _NEUTRAL}
-    parts = {
-        "config": values,
+    return {
         "weights": {p.name: file_digest(p) for p in sorted(folder.iterdir()) if p.suffix in READ},
-        "data": file_digest(Path(config.calibration.data)) if config.calibration.data else None,
+        "dtype": config.model.dtype,
+        "chat_template": config.model.chat_template,
         "code": code_digest(),
         "device": device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: Path, whole_below: int = 2**26) -> str:
@@ -458,7 +509,13 @@ def code_digest() -> str:
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*")):
         inside = file.relative_to(package).parts
-        if file.suffix in (".py", ".yaml") and inside[0] not in ("report", "run.py", "conf", "__pycache__"):
+        if file.suffix in (".py", ".yaml") and inside[0] not in (
+            "report",
+            "run.py",
+            "cache.py",
+            "conf",
+            "__pycache__",
+        ):
             digest.update("/".join(inside).encode() + file.read_bytes())
     return digest.hexdigest()
 

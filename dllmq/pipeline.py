@@ -24,13 +24,14 @@ from torch import Tensor
 from dllmq.calibration.observe import attention_product, group_input
 from dllmq.calibration.states import CalibrationState, Trajectory, describe, draw_states, record_trajectories
 from dllmq.calibration.stats import GroupStats, StatsCollector
+from dllmq.kernels import cpu_int8
 from dllmq.methods import FP
 from dllmq.methods.base import GroupUpdate
-from dllmq.models.attention import QuantizedProduct
+from dllmq.models.attention import QuantizedProduct, quantize_map
 from dllmq.models.base import Block, BlockContext, GroupRow, absorb_scale, linear_group
-from dllmq.models.linear import QuantLinear
-from dllmq.numerics import Grid, fake_quant
-from dllmq.recipe import Recipe
+from dllmq.models.linear import InputQuantizer, QuantLinear
+from dllmq.numerics import Grid
+from dllmq.recipe import AttentionGrids, Recipe
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
@@ -70,6 +71,7 @@ def quantize(
     recipe: Recipe,
     trajectories: list[Trajectory] | None = None,
     progress: Progress | None = None,
+    states: list[CalibrationState] | None = None,
 ) -> QuantizationReport:
     """Quantizes `model` in place.
 
@@ -79,6 +81,7 @@ def quantize(
         recipe: what to do.
         trajectories: recorded full-precision trajectories of the prompts, where there are some already.
         progress: told (done, total, stage).
+        states: the calibration set, where it has been drawn already (`calibration_states`).
 
     Raises:
         ValueError: what a user can mend (sizes that do not divide, a singular Hessian with the layer's name).
@@ -88,14 +91,9 @@ def quantize(
     if quantized_linears(model):
         raise ValueError("the model is quantized already, and would be a second time: load it again.")
     started = time.perf_counter()
-    if trajectories is None:
-        trajectories = record_trajectories(
-            model, prompts, recipe.sampler, recipe.batch_size, recipe.seed, recipe.observe, progress
-        )
-    states = draw_states(
-        model, trajectories, recipe.states, recipe.num_states, recipe.batch_size, recipe.seed
-    )
-    drawn = describe(states)
+    if states is None:
+        states = calibration_states(model, prompts, recipe, trajectories, progress)
+    drawn = describe(states) | {"token_weight": weight_summary(states, recipe)}
     log.info(
         "calibration: %s, %d sequences, %d tokens, by mask-ratio block %s",
         *(recipe.states.name, drawn["sequences"], drawn["tokens"], drawn["by_block"]),
@@ -112,6 +110,63 @@ def quantize(
     )
 
 
+def calibration_states(
+    model: Any,
+    prompts: list[Tensor],
+    recipe: Recipe,
+    trajectories: list[Trajectory] | None = None,
+    progress: Progress | None = None,
+) -> list[CalibrationState]:
+    """The calibration set of a recipe; runs full precision on the prompts where no trajectories are given."""
+    if trajectories is None:
+        trajectories = record_trajectories(
+            model, prompts, recipe.sampler, recipe.batch_size, recipe.seed, recipe.observe, progress
+        )
+    return draw_states(
+        model, trajectories, recipe.states, recipe.num_states, recipe.batch_size, recipe.seed, recipe.sampler,
+        recipe.observe,
+    )  # fmt: skip
+
+
+def weight_summary(states: list[CalibrationState], recipe: Recipe) -> dict[str, float | None]:
+    """Mean weight c_j of masked and of other tokens."""
+    weights = [recipe.token_weight(s).float() for s in states]
+
+    def mean(chosen: list[Tensor]) -> float | None:
+        values = torch.cat([w[at] for w, at in zip(weights, chosen, strict=True)])
+        return float(values.mean()) if len(values) else None
+
+    return {
+        "masked": mean([s.masked & s.valid for s in states]),
+        "unmasked": mean([~s.masked & s.valid for s in states]),
+    }
+
+
+def set_backend(model: Any, backend: str) -> str:
+    """Changes a quantized model's linears to a backend and says which: fake, packed, or "" where none is.
+
+    `auto` is packed where every linear can be and the processor has instructions for it, fake otherwise.
+
+    Raises:
+        ValueError: packed, where a linear's grids or the device do not allow it.
+    """
+    linears = quantized_linears(model)
+    if not linears:
+        return ""
+    unfit = [name for name, linear in linears.items() if not linear.can_pack()]
+    if backend == "packed" and (unfit or not cpu_int8.is_exact()):
+        why = f"{unfit[0]} has other grids or is not on the CPU" if unfit else "this processor saturates"
+        raise ValueError(
+            "backend=packed needs a CPU, quantized inputs, one scale per token and per output channel; "
+            f"{why}. Use backend=fake or auto."
+        )
+    if backend == "fake" or unfit or (backend == "auto" and not (cpu_int8.is_fast() and cpu_int8.is_exact())):
+        return "fake"
+    for linear in linears.values():
+        linear.pack()
+    return "packed"
+
+
 @torch.no_grad()
 def quantize_blocks(
     model: Any, states: list[CalibrationState], recipe: Recipe, progress: Progress | None = None
@@ -122,8 +177,10 @@ def quantize_blocks(
     notes: dict[str, dict[str, float]] = {}
     for index, block in enumerate(model.blocks):
         for row in model.topology.groups:
-            if row.name == model.topology.product_before:
-                _settle_product(block, batches, recipe)
+            if row.name == model.topology.product_before and (
+                found := _settle_product(block, batches, recipe)
+            ):
+                notes[f"blocks.{index}.product"] = found
             group = linear_group(model, index, row)
             stats = _statistics(block, row, batches, recipe.method.needs)
             update = recipe.method(group, stats, recipe.weights)
@@ -152,39 +209,41 @@ def _statistics(block: Block, row: GroupRow, batches: list[_Batch], needs: froze
     return collector.result()
 
 
-def _settle_product(block: Block, batches: list[_Batch], recipe: Recipe) -> None:
+def _settle_product(block: Block, batches: list[_Batch], recipe: Recipe) -> dict[str, float]:
     """Quantizes the attention product: V's static parameters from two passes over the states."""
     grids = recipe.attention
-    if grids.P is None and grids.V is None:
-        return
-    params = None
+    if grids == AttentionGrids():
+        return {}
+    params, notes = None, {}
     if grids.V is not None:
         scale = recipe.value_scale(grids.V)
         for b in batches:
             V, _ = attention_product(block, b.x, b.ctx, maps=False)
             scale.range(V.transpose(1, 2)[b.valid])
-        if "maps" in scale.needs:
-            for b in batches:
-                V, P = attention_product(block, b.x, b.ctx, maps=True)
-                assert P is not None
-                scale.accumulate(V, _read_map(P, grids.P, b.valid))
+        for b in batches if scale.needs else ():
+            V, P = attention_product(block, b.x, b.ctx, maps="maps" in scale.needs, qk_grid=grids.QK)
+            read = None if P is None else _read_map(P, grids.P, b.valid)
+            scale.accumulate(V.masked_fill(~b.valid[:, None, :, None], 0.0), read)
         params = scale.result()
-    block.product = QuantizedProduct(grids.P, grids.V, params)
+        notes = scale.notes()
+    block.product = QuantizedProduct(grids.P, grids.V, params, grids.QK)
+    return notes
 
 
 def _read_map(P: Tensor, grid: Grid | None, valid: Tensor) -> Tensor:
     """P as the quantized product will have it; rows of pad queries are 0, so that no loss counts them."""
-    P = P if grid is None else fake_quant(P, grid)
-    return P * valid[:, None, :, None]  # [B, heads, Q, L]
+    P = P if grid is None else quantize_map(P, grid)
+    return P.masked_fill(~valid[:, None, :, None], 0.0)  # [B, heads, Q, L]
 
 
 def _apply(block: Block, row: GroupRow, update: GroupUpdate, recipe: Recipe, dtype: torch.dtype) -> None:
     """Moves the update's scale into the op before the group and swaps in the quantized linears."""
     if update.scale is not None:
         absorb_scale(block, row, update.scale)
+    inputs = InputQuantizer(recipe.inputs, readers=len(update.weights))
     for name, quantized in update.weights.items():
         linear = getattr(block, name)
-        setattr(block, name, QuantLinear(quantized, linear.bias, recipe.inputs, dtype))
+        setattr(block, name, QuantLinear(quantized, linear.bias, inputs, dtype))
 
 
 def quantized_linears(model: Any) -> dict[str, QuantLinear]:

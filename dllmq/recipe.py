@@ -68,33 +68,34 @@ class Bits:
 
 @dataclass(frozen=True)
 class AttentionGrids:
-    """Grids of P and V in the attention product; None is full precision."""
+    """Grids of P, V and Q K in the attention product; None is full precision."""
 
     P: Grid | None = None
     V: Grid | None = None
+    QK: Grid | None = None
 
     @classmethod
     def parse(cls, attn_bits: str | int, activation: int) -> AttentionGrids:
-        """`auto` (P and V at the activation width, none at a16), `none`, `v`, `pv`, or a width for both.
+        """`auto` (P and V at the activation width, none at a16), `none`, `v`, `pv`, `qkpv`, or a width.
 
         Raises:
-            ValueError: anything else, or `v` / `pv` where activations are full precision.
+            ValueError: anything else, or `v`, `pv`, `qkpv` where activations are full precision.
         """
         text = str(attn_bits).lower()
         quantized = activation != FULL_PRECISION_BITS
         if text == "none" or (text == "auto" and not quantized):
             return cls()
-        if text in ("v", "pv") and not quantized:
+        if text in ("v", "pv", "qkpv") and not quantized:
             raise ValueError(
                 f"attn_bits={text} takes the activation width, but activations are a16; give a width instead."
             )
-        if text in ("auto", "pv", "v"):
+        if text in ("auto", "pv", "v", "qkpv"):
             grid = Grid(activation)
-            return cls(P=None if text == "v" else grid, V=grid)
+            return cls(P=None if text == "v" else grid, V=grid, QK=grid if text == "qkpv" else None)
         if text.isdigit() and 2 <= int(text) <= 8:
             return cls(P=Grid(int(text)), V=Grid(int(text)))
         raise ValueError(
-            f"attn_bits={attn_bits} is not known; it is auto, none, v, pv or a width from 2 to 8."
+            f"attn_bits={attn_bits} is not known; it is auto, none, v, pv, qkpv or a width from 2 to 8."
         )
 
 
@@ -106,7 +107,8 @@ class Recipe:
         method: the baseline; weights: grid of the block linears' weights; inputs: of their inputs, None at
             a16.
         attention: grids of P and V.
-        states: which states calibrate; token_weight, value_scale: the two other seams.
+        states: which states calibrate; token_weight, value_scale: the two other seams; value_scale_name: for
+            records ("minmax", "iaaq", "mse").
         num_states: calibration sequences; batch_size: sequences a forward.
         sampler: of the full-precision trajectories; observe: where scores are recorded ("masked" or "all").
     """
@@ -118,6 +120,7 @@ class Recipe:
     states: StateSampler = field(default_factory=CleanText)
     token_weight: TokenWeight = uniform_weight
     value_scale: Callable[[Grid], ValueScale] = MinMax
+    value_scale_name: str = "minmax"
     num_states: int = 128
     batch_size: int = 16
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -127,8 +130,26 @@ class Recipe:
     def inert(self) -> list[str]:
         """Switches without effect in this combination, each with its reason: "tmas: ..."."""
         out = []
+        method = type(self.method).__name__
         full_precision = isinstance(self.method, FP) or self.weights is None
         reads_states = bool(self.method.needs) or self.attention.V is not None
         if self.states.name != "clean" and (full_precision or not reads_states):
-            out.append(f"{self.states.name}: {type(self.method).__name__} reads no calibration states")
+            out.append(f"{self.states.name}: {method} reads no calibration states")
+        if reason := self._weight_is_inert(method, full_precision):
+            out.append(f"cgq: {reason}")
+        searches = self.value_scale_name != "minmax"
+        if searches and (full_precision or self.attention.V is None):
+            name = "iaaq" if self.value_scale_name == "iaaq" else f"value_scale={self.value_scale_name}"
+            out.append(f"{name}: V is not quantized, so there is no scale to choose")
         return out
+
+    def _weight_is_inert(self, method: str, full_precision: bool) -> str | None:
+        """Why the token weight changes nothing, None where it does."""
+        if self.token_weight is uniform_weight:
+            return None
+        if full_precision or not self.method.needs:
+            return f"{method} reads no statistics, so no token weighs more than another"
+        constant = getattr(self.token_weight, "constant_without_masks", False)
+        if constant and self.states.name == "clean":
+            return "clean text has no masked token, so every token has the same weight"
+        return None

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
+    "cache",
     "numerics",
     "kernels",
     "diffusion",
@@ -27,6 +28,7 @@ LAYERS = [
     "evaluation",
     "report",
     "config",
+    "full_precision",
     "cell",
 ]
 ENTRY_POINTS = {"run", "bench", "generate", "status"}  # the last layer; they do not import each other

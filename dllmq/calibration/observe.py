@@ -10,8 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dllmq.models.attention import AttentionProduct, attention_map, repeat_kv
+from dllmq.models.attention import AttentionProduct, attention_map, quantize_queries_keys, repeat_kv
 from dllmq.models.base import Block, BlockContext
+from dllmq.numerics import Grid
 
 
 class _Seen(Exception):
@@ -47,19 +48,28 @@ class _ObservedProduct(AttentionProduct):
 
     see: Callable[[Tensor, Tensor | None], None]
     wants_maps: bool
+    qk_grid: Grid | None
 
     def __call__(self, Q: Tensor, K: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
-        P = attention_map(Q, repeat_kv(K, Q.shape[1]), bias) if self.wants_maps else None
+        P = None
+        if self.wants_maps:
+            Q, K = quantize_queries_keys(Q, K, self.qk_grid)
+            P = attention_map(Q, repeat_kv(K, Q.shape[1]), bias)
         self.see(V, P)
         raise _Seen
 
 
 @torch.no_grad()
-def attention_product(block: Block, x: Tensor, ctx: BlockContext, maps: bool) -> tuple[Tensor, Tensor | None]:
-    """V [B, kv, L, h] and, if asked for, P [B, heads, Q, L] when the block runs on x [B, L, d]."""
+def attention_product(
+    block: Block, x: Tensor, ctx: BlockContext, maps: bool, qk_grid: Grid | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """V [B, kv, L, h] and, if asked for, P [B, heads, Q, L] when the block runs on x [B, L, d].
+
+    P is that of Q and K under `qk_grid`.
+    """
     seen: list[tuple[Tensor, Tensor | None]] = []
     kept = block.product
-    block.product = _ObservedProduct(lambda V, P: seen.append((V, P)), maps)
+    block.product = _ObservedProduct(lambda V, P: seen.append((V, P)), maps, qk_grid)
     try:
         with suppress(_Seen):
             block(x, ctx)

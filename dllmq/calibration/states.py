@@ -22,10 +22,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllmq.diffusion import SamplerConfig, apply, denoise, mask_tokens
-from dllmq.diffusion.predict import logits_at
+from dllmq.diffusion import SamplerConfig, apply, denoise, mask_tokens, state_confidence
 
 Progress = Callable[[int, int, str], None]
+_PLAIN = SamplerConfig()
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class CleanText:
     """The final x_0 of the trajectories, nothing masked: TMAS off."""
 
     name: str = "clean"
-    rescored: bool = False
+    rescored: bool = True
 
     def __call__(
         self, trajectories: list[Trajectory], count: int, mask_id: int, rng: torch.Generator
@@ -262,33 +262,37 @@ def batches_of(rows: list[RowState], batch_size: int, eos_id: int, num_steps: in
 def draw_states(
     model: Any,
     trajectories: list[Trajectory],
-    sampler: StateSampler,
+    draw: StateSampler,
     count: int,
     batch_size: int,
     seed: int,
+    sampler: SamplerConfig = _PLAIN,
+    observe: str = "masked",
 ) -> list[CalibrationState]:
-    """The calibration set of a run: states drawn by `sampler`, batched, with full-precision scores."""
+    """The calibration set of a run: states drawn by `draw`, batched, with full-precision scores.
+
+    Args:
+        sampler: of the trajectories; states off them are scored under its guidance and EOS flags.
+        observe: where scores are needed: "masked", or "all" to include decoded tokens.
+    """
     if count < 1:
         raise ValueError(f"calibration.num_states is {count}; it must be at least 1.")
     if not trajectories:
         raise ValueError("there are no calibration prompts, so no states to calibrate on: give at least one.")
     rng = torch.Generator().manual_seed(seed)
-    rows = sampler(trajectories, count, model.config.mask_token_id, rng)
+    rows = draw(trajectories, count, model.config.mask_token_id, rng)
     states = batches_of(rows, batch_size, model.config.eos_token_id, trajectories[0].num_steps)
-    return [_rescore(model, state) for state in states] if sampler.rescored else states
+    return [_rescore(model, state, sampler, observe) for state in states] if draw.rescored else states
 
 
-def _rescore(model: Any, state: CalibrationState) -> CalibrationState:
-    """Scores of states the sampler did not visit: probability of the arg max, at the masked positions."""
-    masked = state.masked.to(model.device)
-    h = model.hidden_states(state.tokens.to(model.device), state.valid.to(model.device))
-    score = torch.zeros_like(state.score)
-    found = [
-        torch.softmax(logits.float(), -1).amax(-1).cpu() for logits in logits_at(model, (h,), masked, 0.0)
-    ]
-    if found:
-        score[state.masked] = torch.cat(found)
-    return replace(state, score=score)
+def _rescore(model: Any, state: CalibrationState, sampler: SamplerConfig, observe: str) -> CalibrationState:
+    """Scores of states the sampler did not visit: probability of its prediction, where it is needed."""
+    where = state.masked if observe == "masked" else state.valid
+    if not bool(where.any()):
+        return state
+    given = ~state.response  # prompt and pads
+    score = state_confidence(model, state.tokens, state.valid, given, where, sampler)
+    return replace(state, score=torch.where(where, score.cpu().float(), 0.0))
 
 
 def describe(states: list[CalibrationState], blocks: int = 4) -> dict[str, Any]:

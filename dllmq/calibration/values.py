@@ -25,11 +25,14 @@ GRANULARITIES = ("tensor", "head", "channel")
 class ValueScale(Protocol):
     """Settles V's parameters for one layer; a fresh one is made for each."""
 
-    needs: frozenset[str]  # "maps" when accumulate wants P
+    needs: frozenset[
+        str
+    ]  # "maps" when accumulate wants V and P, "values" when it wants V; else it is not called
 
     def range(self, V: Float[Tensor, "N kv h"]) -> None: ...
-    def accumulate(self, V: Tensor, P: Tensor) -> None: ...
+    def accumulate(self, V: Tensor, P: Tensor | None) -> None: ...
     def result(self) -> Params: ...
+    def notes(self) -> dict[str, float]: ...
 
 
 @dataclass
@@ -58,8 +61,12 @@ class MinMax:
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
 
-    def accumulate(self, V: Tensor, P: Tensor) -> None:
+    def accumulate(self, V: Tensor, P: Tensor | None) -> None:
         """Min-max needs no second pass."""
+
+    def notes(self) -> dict[str, float]:
+        """For the record."""
+        return {}
 
     def result(self) -> Params:
         """Broadcastable to V [B, kv, L, h]: [kv|1, 1, h|1]."""

@@ -3,7 +3,15 @@
 from dllmq.diffusion.likelihood import greedy_match, log_likelihood, log_likelihoods
 from dllmq.diffusion.predict import MaskPredictor
 from dllmq.diffusion.process import mask_tokens, stratified_masks, tokens_per_step
-from dllmq.diffusion.sampler import Generation, SamplerConfig, Step, apply, denoise, generate
+from dllmq.diffusion.sampler import (
+    Generation,
+    SamplerConfig,
+    Step,
+    apply,
+    denoise,
+    generate,
+    state_confidence,
+)
 
 __all__ = [
     "Generation",
@@ -17,6 +25,7 @@ __all__ = [
     "log_likelihood",
     "log_likelihoods",
     "mask_tokens",
+    "state_confidence",
     "stratified_masks",
     "tokens_per_step",
 ]

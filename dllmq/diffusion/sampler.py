@@ -31,7 +31,8 @@ Legend: B rows, P prompt, L = P + gen_length columns, E logits, N observed posit
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -42,6 +43,7 @@ from dllmq.diffusion.process import tokens_per_step, uniform
 from dllmq.diffusion.settings import SamplerConfig
 
 OBSERVE = ("committable", "masked", "all")
+Leave = Callable[[Int[Tensor, "b gen"]], Bool[Tensor, " b"]]
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Step:
             what low_confidence ranks by, also reported under random. 0 where not observed.
         committed: what apply() turns from a mask into a token; a slot spent on a predicted mask id is not.
         forwards: model calls so far, this one included; a CFG pair is one.
+        rows: which rows of the prompt batch these are; fewer once rows have left.
         logits: guided, noiseless logits at the observed positions, row-major (full[observed] = logits),
             after logits_eos_inf and before confidence_eos_eot_inf; None unless asked for.
     """
@@ -74,6 +77,7 @@ class Step:
     score: Float[Tensor, "B L"]
     committed: Bool[Tensor, "B L"]
     forwards: int
+    rows: Int[Tensor, " B"]
     logits: Float[Tensor, "N E"] | None = None
 
 
@@ -111,6 +115,7 @@ def denoise(
     generator: torch.Generator | None = None,
     observe: str = "committable",
     keep_logits: bool = False,
+    leave: Leave | None = None,
 ) -> Iterator[Step]:
     """Yields every step of the reverse process, first to last.
 
@@ -127,6 +132,10 @@ def denoise(
         observe: where the LM head runs: committable (masks left of the block's end; enough to generate) |
             masked (every mask of the canvas) | all (every column).
         keep_logits: also return the logits at the observed positions.
+        leave: told the generated part [b, gen_length] after every step; rows it answers true for leave the
+            batch, so a caller that needs no more of them saves their work. The rows that stay go on as they
+            would have (up to rounding, where a kernel's sums depend on the batch's size), except where noise
+            is drawn for the whole batch: temperature > 0 and random remasking.
 
     Raises:
         ValueError: unknown `observe`, an attention mask of another shape or not left-padded, or an EOS flag
@@ -146,14 +155,46 @@ def denoise(
         commit=TopK(config.steps_per_block),
         read=_Reader(model, config, _flag_ids(model, config), generator, keep_logits),
         observe=observe,
+        leave=_nobody if leave is None else leave,
     )
     return process.run(x)
+
+
+@torch.no_grad()
+def state_confidence(
+    model: MaskPredictor,
+    x: Int[Tensor, "B L"],
+    attention_mask: Shaped[Tensor, "B L"] | None,
+    given: Bool[Tensor, "B L"],
+    where: Bool[Tensor, "B L"],
+    config: SamplerConfig,
+) -> Float[Tensor, "B L"]:
+    """The confidence `denoise` would have in its prediction for a state, at `where`; 0 elsewhere.
+
+    Args:
+        x: x_t; attention_mask: 0 at pads; given: what guidance masks (prompt and pads).
+    """
+    device = model.device
+    x, given, where = x.to(device), given.to(device), where.to(device)
+    mask = None if attention_mask is None else attention_mask.to(device)
+    hidden = hidden_states(model, x, mask, given, config.cfg_scale)
+    read = _Reader(model, replace(config, temperature=0.0), _flag_ids(model, config), None, keep_logits=False)
+    return read(x, hidden, where, where)[1]
+
+
+def _nobody(generated: Int[Tensor, "b gen"]) -> Bool[Tensor, " b"]:
+    return torch.zeros(len(generated), dtype=torch.bool, device=generated.device)
 
 
 # The two seams. A cache replaces FullForward: it is told the block and the step inside it, and owes hidden
 # states at the columns that can be committed. A threshold replaces TopK, which owns both how often a block is
 # visited and what a visit commits.
-Forward = Callable[[Int[Tensor, "B L"], int, int], tuple[Float[Tensor, "B L d"], ...]]
+@runtime_checkable
+class Forward(Protocol):
+    def __call__(
+        self, x: Int[Tensor, "B L"], block: int, step: int
+    ) -> tuple[Float[Tensor, "B L d"], ...]: ...
+    def keep(self, stay: Bool[Tensor, " B"]) -> "Forward": ...
 
 
 @dataclass(frozen=True)
@@ -167,6 +208,11 @@ class FullForward:
 
     def __call__(self, x: Int[Tensor, "B L"], block: int, step: int) -> tuple[Float[Tensor, "B L d"], ...]:
         return hidden_states(self.model, x, self.attention_mask, self.given, self.cfg_scale)
+
+    def keep(self, stay: Bool[Tensor, " B"]) -> "FullForward":
+        """The same for the rows that stay in the batch."""
+        mask = None if self.attention_mask is None else self.attention_mask[stay]
+        return replace(self, given=self.given[stay], attention_mask=mask)
 
 
 @dataclass(frozen=True)
@@ -190,6 +236,19 @@ class TopK:
 
 
 @dataclass(frozen=True)
+class _Canvas:
+    """The state between two steps: x_t of the rows that are left, which rows these are, what runs them."""
+
+    x: Int[Tensor, "B L"]
+    rows: Int[Tensor, " B"]
+    forward: Forward
+    forwards: int
+
+    def keep(self, stay: Bool[Tensor, " B"]) -> "_Canvas":
+        return replace(self, x=self.x[stay], rows=self.rows[stay], forward=self.forward.keep(stay))
+
+
+@dataclass(frozen=True)
 class _ReverseProcess:
     """The loop and what it is made of."""
 
@@ -199,34 +258,39 @@ class _ReverseProcess:
     commit: TopK
     read: "_Reader"
     observe: str
+    leave: Leave
 
     def run(self, x: Int[Tensor, "B L"]) -> Iterator[Step]:
-        c, forwards = self.config, 0
+        c, canvas = self.config, _Canvas(x, torch.arange(len(x), device=x.device), self.forward, 0)
         for block in range(c.num_blocks):
             end = x.shape[1] - c.gen_length + (block + 1) * c.block_length
-            in_block = x[:, end - c.block_length : end] == self.mask_id
-            for i, count in enumerate(self.commit.counts(in_block)):
-                if not count.any():
-                    self._random_key(x)  # the reference draws here, and we follow its stream
+            in_block = canvas.x[:, end - c.block_length : end] == self.mask_id
+            counts = torch.stack(self.commit.counts(in_block))  # [steps of the block, B]
+            for i in range(len(counts)):
+                if not counts[i].any():
+                    self._random_key(canvas.x)  # the reference draws here, and we follow its stream
                     continue
-                forwards += 1
-                step = self._step(x, block, i, end, count, forwards)
+                step = self._step(canvas, block, i, end, counts[i])
                 yield step
-                x = apply(step)
+                canvas = replace(canvas, x=apply(step), forwards=step.forwards)
+                stay = ~self.leave(canvas.x[:, -c.gen_length :])
+                if not stay.any():
+                    return
+                if not stay.all():
+                    canvas, counts = canvas.keep(stay), counts[:, stay.cpu()]
 
     # On the step, not on the generator: there the mode would leak to the consumer between two steps. And not
     # inference_mode: states are used, and may be changed, outside.
     @torch.no_grad()
-    def _step(
-        self, x: Int[Tensor, "B L"], block: int, i: int, end: int, count: Int[Tensor, " B"], forwards: int
-    ) -> Step:
+    def _step(self, canvas: "_Canvas", block: int, i: int, end: int, count: Int[Tensor, " B"]) -> Step:
+        x = canvas.x
         index = block * self.config.steps_per_block + i
         masked = x == self.mask_id
         committable = masked & (torch.arange(x.shape[1], device=x.device) < end)
         observed = {"committable": committable, "masked": masked, "all": torch.ones_like(masked)}[
             self.observe
         ]
-        prediction, confidence, logits = self.read(x, self.forward(x, block, i), committable, observed)
+        prediction, confidence, logits = self.read(x, canvas.forward(x, block, i), committable, observed)
         if bool(confidence.isnan().any()):
             raise FloatingPointError(
                 f"The model returned NaN at denoising step {index + 1} of {self.config.steps}: check the "
@@ -244,7 +308,8 @@ class _ReverseProcess:
             prediction=prediction,
             score=confidence.float(),
             committed=chosen & (prediction != self.mask_id),
-            forwards=forwards,
+            forwards=canvas.forwards + 1,
+            rows=canvas.rows,
             logits=logits,
         )
 

@@ -58,6 +58,11 @@ class SamplerConfig:
     def steps_per_block(self) -> int:
         return self.steps // self.num_blocks
 
+    @property
+    def deterministic(self) -> bool:
+        """Whether no noise is drawn."""
+        return self.temperature == 0 and self.remasking == "low_confidence"
+
     def _check_schedule(self) -> None:
         for name in ("gen_length", "steps", "block_length"):
             if getattr(self, name) < 1:

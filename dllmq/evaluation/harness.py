@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from torch import Tensor
@@ -165,27 +165,32 @@ class DiffusionLM(LM):
     def _denoise(self, prompts: list[list[int]], index: int, num_batches: int) -> list[list[int]]:
         """The generated tokens of one batch.
 
-        With eos_cut = first it ends as soon as every row's answer is settled (an EOS with no mask before it:
-        nothing before the cut can change any more, so the answers are those of the full run). What is left
-        stays masked.
+        With eos_cut = first a row is finished when its answer is settled (an EOS with no mask before it:
+        nothing before the cut can change any more, so the answer is that of the full run); what is left stays
+        masked. Finished rows leave the batch, or, where noise is drawn for the whole batch, the batch ends
+        with its last row.
         """
-        sampler = self.settings.sampler
+        sampler, config = self.settings.sampler, self.model.config
         prompt_ids, attention_mask = left_pad(prompts, pad=self.eos_ids[0] if self.eos_ids else 0)
         generator = torch.Generator(self.model.device).manual_seed(_seed(self.settings.seed, index))
-        for step in denoise(self.model, prompt_ids, sampler, attention_mask, generator):
+        early = self.settings.eos_cut == "first"
+        leave = self._settled if early and sampler.deterministic else None
+        final = torch.full((len(prompts), sampler.gen_length), config.mask_token_id, device=self.model.device)
+        for step in denoise(self.model, prompt_ids, sampler, attention_mask, generator, leave=leave):
             if self.progress is not None:
                 done = index * sampler.steps + step.index + 1
                 self.progress(done, num_batches * sampler.steps, "denoising steps")
-            if self.settings.eos_cut == "first" and self._settled(apply(step)[:, prompt_ids.shape[1] :]):
+            final[step.rows] = apply(step)[:, prompt_ids.shape[1] :]
+            if early and bool(self._settled(final).all()):
                 break
-        generated: list[list[int]] = apply(step)[:, prompt_ids.shape[1] :].tolist()
+        generated: list[list[int]] = final.tolist()
         return generated
 
-    def _settled(self, generated: Tensor) -> bool:
-        """Whether every row [B, gen_length] has an EOS or EoT with no mask before it."""
+    def _settled(self, generated: Int[Tensor, "B gen"]) -> Bool[Tensor, " B"]:
+        """Which rows have an EOS or EoT with no mask before it."""
         open_ = generated == self.model.config.mask_token_id
         ended = torch.isin(generated, torch.tensor(self.eos_ids, device=generated.device))
-        return bool((ended & (open_.cumsum(1) == 0)).any(1).all())
+        return (ended & (open_.cumsum(1) == 0)).any(1)
 
     def _finish(self, tokens: list[int], request: Instance) -> str:
         until = request.args[1].get("until") or []

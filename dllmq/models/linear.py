@@ -1,20 +1,30 @@
 """QuantLinear, the only module that is ever swapped into a model.
 
 One definition of its arithmetic: y = Q_a(x) Deq(Q_w)^T + b, where Q_w are the weight's codes under its grid
-and Q_a quantizes the input under the activation grid, dynamically, per token or per group of channels. The
-`fake` backend computes it in the input's dtype on dequantized values.
+and Q_a quantizes the input under the activation grid, dynamically, per token or per group of channels. Two
+backends compute it:
+
+    fake     dequantized values, a product in the input's dtype; takes every grid
+    packed   the integer product of the codes (kernels/), scaled once: equal up to the rounding of the output
+
+Linears that read the same input share its quantization (`InputQuantizer`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dllmq.kernels import cpu_int8
 from dllmq.kernels.cpu_linear import linear
 from dllmq.numerics import Grid, QuantizedTensor, fake_quant
+
+BACKENDS = ("auto", "fake", "packed")
 
 
 class Linear(nn.Linear):
@@ -24,35 +34,91 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class InputQuantizer:
+    """Quantizes an input once for the `readers` linears of a group that read it one after the other.
+
+    Args:
+        grid: of the input, None leaves it in full precision.
+        readers: how many linears read the same tensor; after the last one nothing is held.
+    """
+
+    def __init__(self, grid: Grid | None, readers: int = 1) -> None:
+        self.grid, self.readers = grid, readers
+        self._source: Tensor | None = None
+        self._state: tuple[int, Any] = (0, None)
+        self._left = 0
+
+    def fake(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... I"]:
+        """Deq(Q_a(x))."""
+        grid = self.grid
+        return x if grid is None else self._once(x, lambda: fake_quant(x, grid))
+
+    def packed(self, x: Float[Tensor, "... I"]) -> cpu_int8.Operand:
+        """Codes and scales of x's tokens."""
+        grid = self.grid
+        assert grid is not None, "a packed product has a quantized input"
+        return self._once(x, lambda: cpu_int8.input_operand(x.flatten(0, -2), grid))
+
+    def _once(self, x: Tensor, make: Callable[[], Any]) -> Any:
+        if self._source is not x or self._state[0] != x._version:
+            self._source, self._state, self._left = x, (x._version, make()), self.readers
+        value = self._state[1]
+        self._left -= 1
+        if self._left <= 0:
+            self._source, self._state = None, (0, None)
+        return value
+
+
 class QuantLinear(nn.Module):
-    """A linear with quantized weight and, with `act_grid`, a dynamically quantized input.
+    """A linear with quantized weight and, where its input grid says so, a dynamically quantized input.
 
     Args:
         quantized: codes, scales and zeros of the weight [O, I].
         bias: [O] or None.
-        act_grid: grid of the input (group_size -1: one scale per token), None for a full-precision input.
+        inputs: grid of the input (group_size -1: one scale per token), None for a full-precision input; or
+            the quantizer shared with the group's other linears.
         dtype: of the computation.
     """
 
-    backend = "fake"
-
     def __init__(
-        self, quantized: QuantizedTensor, bias: Tensor | None, act_grid: Grid | None, dtype: torch.dtype
+        self,
+        quantized: QuantizedTensor,
+        bias: Tensor | None,
+        inputs: Grid | InputQuantizer | None,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.quantized = quantized
-        self.act_grid = act_grid
+        self.inputs = inputs if isinstance(inputs, InputQuantizer) else InputQuantizer(inputs)
         self.weight = nn.Parameter(quantized.dequantize().to(dtype), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        self.packed: cpu_int8.Operand | None = None
+
+    @property
+    def backend(self) -> str:
+        return "fake" if self.packed is None else "packed"
 
     def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
-        if self.act_grid is not None:
-            x = fake_quant(x, self.act_grid)
-        return linear(x, self.weight, self.bias)
+        if self.packed is None:
+            return linear(self.inputs.fake(x), self.weight, self.bias)
+        y = cpu_int8.int8_linear(self.inputs.packed(x), self.packed, self.bias)
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+    def can_pack(self) -> bool:
+        """Whether the packed backend takes these grids on this device."""
+        on_cpu = self.weight.device.type == "cpu" and self.quantized.group_index is None
+        return on_cpu and cpu_int8.supports(self.quantized.grid, self.inputs.grid)
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Changes to the packed backend."""
+        assert self.can_pack(), f"the packed backend does not take {self}"
+        self.packed = cpu_int8.weight_operand(self.quantized)
 
     @torch.no_grad()
     def scale_rows(self, factor: Float[Tensor, " O"]) -> None:
         """y -> y * factor, exactly: the codes stay, the row scales change."""
+        assert self.packed is None, "scales move while a model is quantized, before it is packed"
         q = self.quantized
         self.quantized = replace(q, scale=q.scale * factor[:, None].to(q.scale))
         self.weight.data = self.quantized.dequantize().to(self.weight.dtype)
@@ -61,4 +127,5 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         O, I = self.weight.shape
-        return f"in={I}, out={O}, weight={self.quantized.grid}, input={self.act_grid}, backend={self.backend}"
+        grids = f"weight={self.quantized.grid}, input={self.inputs.grid}"
+        return f"in={I}, out={O}, {grids}, backend={self.backend}"

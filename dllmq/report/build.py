@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from dllmq.report.compare import Delta, delta, tasks, twin, varying_toggles
+from dllmq.report.compare import Delta, Effect, MainEffect, delta, effects, main_effects
 from dllmq.report.figures import draw, write_png
+from dllmq.report.groups import Group, as_group, fidelity, groups, score, tasks, twin, varying_toggles
 from dllmq.report.html import headline, render
 from dllmq.report.results import RunRecord, Sweep, load_sweep, write_json_atomic, write_text_atomic
 from dllmq.report.table import to_markdown
@@ -29,24 +30,30 @@ def write_report(folder: str | Path, png: bool = False) -> Sweep:
     drawings = draw(sweep)
     write_json_atomic(folder / SUMMARY, summary(sweep))
     write_text_atomic(folder / TABLE, markdown(sweep))
-    write_text_atomic(folder / PAGE, render(sweep, drawings))
+    write_text_atomic(folder / PAGE, render(sweep, drawings, folder))
     for drawing in drawings if png else ():
         write_png(drawing, folder / "figures")
     return sweep
 
 
 def markdown(sweep: Sweep) -> str:
-    """table.md: the headline, the results, the effect of each switch, the cost."""
+    """table.md: the headline, the results, what each switch changed, the cost."""
     tables = [*sweep_tables(sweep), cost_table(sweep)]
     return f"# {sweep.name}\n\n{headline(sweep)}\n\n" + "\n".join(to_markdown(table) for table in tables)
 
 
 def summary(sweep: Sweep) -> dict[str, Any]:
-    """summary.json: each run's axes, scores, fidelity and cost, with its differences."""
+    """summary.json: every run, the groups of runs that differ in the seed only, and what each switch changed.
+
+    A run's own differences are uncorrected; those under "effects" and "main_effects" carry Holm's p.
+    """
     return {
         "sweep": sweep.name,
         "headline": headline(sweep),
         "baseline": _outline(sweep.baseline) if sweep.baseline else None,
+        "groups": [_group(sweep, group) for group in groups(sweep)],
+        "effects": [_effect(sweep, effect) for effect in effects(sweep)],
+        "main_effects": [_main_effect(effect) for effect in main_effects(sweep)],
         "runs": [
             {**_outline(record), "results": path, **_differences(sweep, record)}
             for record, path in zip(sweep.records, sweep.paths or [None] * len(sweep.records), strict=True)
@@ -60,18 +67,46 @@ def _outline(r: RunRecord) -> dict[str, Any]:
     return {name: getattr(r, name) for name in names}
 
 
+def _group(sweep: Sweep, group: Group) -> dict[str, Any]:
+    figures = list(dict.fromkeys(name for r in group.records for name in r.fidelity))
+    return {
+        "axes": group.axes,
+        "seeds": group.seeds,
+        "runs": [r.run_name for r in group.records],
+        "scores": {t: {"metric": m, **_plain(score(group, t, m))} for t, m in tasks(sweep).items()},
+        "fidelity": {name: _plain(fidelity(group, name)) for name in figures},
+        "delta_to_full_precision": _deltas(sweep, group, sweep.baseline),
+    }
+
+
+def _effect(sweep: Sweep, effect: Effect) -> dict[str, Any]:
+    return {
+        "toggle": effect.toggle,
+        "axes": effect.group.axes,
+        "inert": effect.inert,
+        "deltas": {t: {"metric": tasks(sweep)[t], **_plain(d)} for t, d in effect.deltas.items()},
+        "kl": _plain(effect.kl),
+    }
+
+
+def _main_effect(effect: MainEffect) -> dict[str, Any]:
+    names = ("toggle", "method", "task", "metric", "twins", "verdict")
+    return {**{name: getattr(effect, name) for name in names}, **_plain(effect.delta)}
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return {} if value is None else dataclasses.asdict(value)
+
+
 def _differences(sweep: Sweep, record: RunRecord) -> dict[str, Any]:
-    twins = {toggle: twin(sweep, record, toggle) for toggle in varying_toggles(sweep)}
+    own = as_group(record)
+    twins = {toggle: twin(sweep, own, toggle) for toggle in varying_toggles(sweep)}
     return {
-        "delta_to_full_precision": _deltas(sweep, record, sweep.baseline),
-        "delta_to_twin": {toggle: _deltas(sweep, record, off) for toggle, off in twins.items() if off},
+        "delta_to_full_precision": _deltas(sweep, own, sweep.baseline),
+        "delta_to_twin": {toggle: _deltas(sweep, own, off) for toggle, off in twins.items() if off},
     }
 
 
-def _deltas(sweep: Sweep, record: RunRecord, reference: RunRecord | None) -> dict[str, Any]:
-    found: dict[str, Delta | None] = {t: delta(record, reference, t, m) for t, m in tasks(sweep).items()}
-    return {
-        task: {"metric": tasks(sweep)[task], **dataclasses.asdict(d)}
-        for task, d in found.items()
-        if d is not None
-    }
+def _deltas(sweep: Sweep, group: Group, reference: Group | RunRecord | None) -> dict[str, Any]:
+    found: dict[str, Delta | None] = {t: delta(group, reference, t, m) for t, m in tasks(sweep).items()}
+    return {t: {"metric": tasks(sweep)[t], **_plain(d)} for t, d in found.items() if d is not None}

@@ -1,126 +1,156 @@
 """Which runs are compared with which, and by how much: the only place where the report subtracts.
 
-reference   full precision
-twin        of a run with a switch on: the run of the sweep whose axes are the same but for that switch
+reference   full precision, one run
+twin        of a group of runs with a switch on: the group that differs in that switch only (`groups.twin`)
+
+Groups are compared problem by problem and seed by seed. Seeds are averaged inside a problem first, so they
+are not extra problems; intervals and p-values speak about new problems, not about new seeds.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from dllmq.evaluation.statistics import paired_difference
+import numpy as np
+
+from dllmq.evaluation.statistics import bootstrap_interval, holm, mcnemar, mean_stderr, sign_flip_p
+from dllmq.report.groups import (
+    Group,
+    Measure,
+    columns,
+    fidelity,
+    finite,
+    groups,
+    inert_reason,
+    lower_is_better,
+    mean,
+    seed_of,
+    tasks,
+    twin,
+    varying_toggles,
+)
 from dllmq.report.results import RunRecord, Sweep
 
-# The metric that stands for a task, first match wins; a task without any of them shows its first metric.
-PRIMARY = (
-    "exact_match,strict-match",
-    "exact_match,flexible-extract",
-    "exact_match",
-    "pass@1",
-    "pass_at_1",
-    "acc_norm",
-    "acc",
-)
-_SHARE = re.compile(r"^(exact_match|acc|acc_norm|pass@\d+|pass_at_\d+|f1|mc[12])\b")
-_LOWER = re.compile(r"perplexity|bits_per_byte|nll|loss|^kl\b")
+ALPHA = 0.05  # a difference is shown when its corrected p is below
+Pairs = list[tuple[RunRecord, RunRecord]]
 
 
 @dataclass(frozen=True)
 class Delta:
-    """run - reference in the metric's unit; `stderr` None when unknown; `paired` over the same problems."""
+    """a - b in the metric's unit.
+
+    Attributes:
+        stderr: over problems, None when unknown.
+        low, high: 95 % BCa bootstrap interval over problems; None where not paired or n == 1.
+        p: two-sided. Exact McNemar for one seed and 0/1 scores, else sign-flip permutation over problems.
+        p_holm: p corrected for the comparisons of its family, None until corrected.
+        n: problems (or prompts) on both sides.
+        seeds: matched pairs of runs that were averaged.
+        paired: False: the sides have no common per-problem values, and `stderr` is an upper estimate.
+        won, lost: problems where a is larger, and smaller.
+    """
 
     value: float | int
     stderr: float | int | None
-    n: int | None
-    paired: bool
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    n: int | None = None
+    seeds: int = 1
+    paired: bool = True
+    won: int | None = None
+    lost: int | None = None
 
     @property
     def clear(self) -> bool:
-        """Larger than two standard errors; False when there is no standard error to hold it against."""
-        return self.stderr is not None and abs(self.value) > 2 * self.stderr
+        """Shown to differ: p (corrected where it is) below 0.05, or two standard errors without a p."""
+        p = self.p if self.p_holm is None else self.p_holm
+        if p is not None:
+            return p < ALPHA
+        return not self.paired and self.stderr is not None and abs(self.value) > 2 * self.stderr
 
 
-def primary_metric(metrics: Iterable[str]) -> str | None:
-    """The metric a task is judged by, a filter suffix ("acc,none") ignored."""
-    names = list(metrics)
-    for known in PRIMARY:
-        for name in names:
-            if name == known or name.removesuffix(",none") == known:
-                return name
-    return names[0] if names else None
+@dataclass(frozen=True)
+class Effect:
+    """What a switch changed in one group: the group minus its twin, per task and in KL."""
+
+    toggle: str
+    group: Group
+    twin: Group
+    deltas: dict[str, Delta]
+    kl: Delta | None
+
+    @property
+    def inert(self) -> bool:
+        """The runs recorded that the switch has no effect in this combination."""
+        return any(inert_reason(r, self.toggle) is not None for r in self.group.records)
 
 
-def is_share(metric: str) -> bool:
-    """True for metrics in 0..1 that are shown as percentages."""
-    return bool(_SHARE.match(metric))
+@dataclass(frozen=True)
+class MainEffect:
+    """What a switch changed on average: per problem over all its twin pairs, of one method or of all.
 
-
-def lower_is_better(metric: str) -> bool:
-    return bool(_LOWER.search(metric))
-
-
-def tasks(sweep: Sweep) -> dict[str, str]:
-    """Task -> its primary metric, over all records, in the order they were evaluated."""
-    found: dict[str, str] = {}
-    for record in all_records(sweep):
-        for task, metrics in record.scores.items():
-            if metric := primary_metric(metrics):
-                found.setdefault(task, metric)
-    return found
-
-
-def all_records(sweep: Sweep) -> tuple[RunRecord, ...]:
-    """The reference first, then the runs."""
-    return (*((sweep.baseline,) if sweep.baseline else ()), *sweep.records)
-
-
-def varying_axes(sweep: Sweep) -> list[str]:
-    """Axes with more than one value among the runs, finished and failed, in the order they were written."""
-    cells = [r.axes for r in sweep.records] + [s["axes"] for s in sweep.failed]
-    names = list(dict.fromkeys(name for axes in cells for name in axes))
-    return [name for name in names if len({repr(axes.get(name)) for axes in cells}) > 1]
-
-
-def varying_toggles(sweep: Sweep) -> list[str]:
-    """The varying axes that are plain switches."""
-    cells = [r.axes for r in sweep.records] + [s["axes"] for s in sweep.failed]
-    return [
-        name for name in varying_axes(sweep) if all(isinstance(axes.get(name, False), bool) for axes in cells)
-    ]
-
-
-def twin(sweep: Sweep, record: RunRecord, toggle: str) -> RunRecord | None:
-    """The run with only `toggle` off; None when it is off here already, missing, or not unique."""
-    if record.axes.get(toggle) is not True:
-        return None
-    wanted = {**record.axes, toggle: False}
-    matches = [r for r in sweep.records if r.axes == wanted]
-    return matches[0] if len(matches) == 1 else None
-
-
-def delta(record: RunRecord, reference: RunRecord | None, task: str, metric: str) -> Delta | None:
-    """Difference of one task's score, paired by problem where both kept their problems.
-
-    Without per-problem values (or with different problems) the two standard errors add in squares, which
-    overstates the error of a paired comparison. None when either score is missing, and when `reference` is a
-    sweep's full precision measured under other settings than the run's own (a sweep over the model, say).
+    `task` is "KL" for the KL to full precision, with n counting prompts.
     """
-    if reference is None or not comparable(record, reference):
+
+    toggle: str
+    method: str | None
+    task: str
+    metric: str
+    twins: int
+    delta: Delta
+
+    @property
+    def verdict(self) -> str:
+        """Helps or hurts where the corrected p is below 0.05, otherwise no difference shown."""
+        p = self.delta.p_holm
+        if p is None or p >= ALPHA or self.delta.value == 0:
+            return "no difference shown"
+        return "helps" if (self.delta.value > 0) != lower_is_better(self.metric) else "hurts"
+
+
+# ---------------------------------------------------------------- differences
+
+
+def delta(a: Group | RunRecord, b: Group | RunRecord | None, task: str, metric: str) -> Delta | None:
+    """a - b of one task's score, paired by problem, and by seed where b is a group.
+
+    Two groups are matched over the seeds they share. A single run as b (full precision) stands against
+    every seed of a. None when a score is missing, no seed is shared, or when b is a sweep's full precision
+    measured under other settings than a's own (a sweep over the model, say).
+    """
+    return _delta(a, b, Measure(task, metric))
+
+
+def fidelity_delta(a: Group | RunRecord, b: Group | RunRecord | None, name: str) -> Delta | None:
+    """a - b of a fidelity figure, paired by held-out prompt; every prompt counts the same."""
+    return _delta(a, b, Measure(None, name))
+
+
+def _delta(a: Group | RunRecord, b: Group | RunRecord | None, measure: Measure) -> Delta | None:
+    pairs = matched(a, b)
+    if not pairs:
         return None
-    a, b = (r.per_problem.get(task, {}).get(metric) for r in (record, reference))
-    if a and b and len(a) == len(b) and None not in a and None not in b:
-        d = paired_difference(a, b)
-        return Delta(d.value, d.stderr if math.isfinite(d.stderr) else None, d.n, paired=True)
-    ours, theirs = (r.scores.get(task, {}).get(metric) for r in (record, reference))
-    if not ours or not theirs or ours["value"] is None or theirs["value"] is None:
-        return None
-    errors = ours["stderr"], theirs["stderr"]
-    stderr = math.hypot(*errors) if None not in errors else None
-    return Delta(ours["value"] - theirs["value"], stderr, None, paired=False)
+    d = _differences(pairs, measure)
+    d = None if d is None else d[np.isfinite(d)]
+    return _unpaired(pairs, measure) if d is None or not len(d) else _tested(d, len(pairs))
+
+
+def matched(a: Group | RunRecord, b: Group | RunRecord | None) -> Pairs:
+    """The runs to subtract from each other, none where the two sides cannot be compared."""
+    ours = a.records if isinstance(a, Group) else (a,)
+    if b is None:
+        pairs = []
+    elif isinstance(b, Group):
+        of_seed = {seed_of(r): r for r in b.records}
+        pairs = [(r, of_seed[seed_of(r)]) for r in ours if seed_of(r) in of_seed]
+    else:
+        pairs = [(r, b) for r in ours]
+    return pairs if all(comparable(x, y) for x, y in pairs) else []
 
 
 def comparable(record: RunRecord, reference: RunRecord) -> bool:
@@ -129,37 +159,106 @@ def comparable(record: RunRecord, reference: RunRecord) -> bool:
     return reference.axes.get("method") != "fp" or own is None or own == reference.fingerprint
 
 
-def relative_change(record: RunRecord, reference: RunRecord, metric: str) -> float | None:
-    """(run - reference) / reference of a fidelity metric; None where undefined."""
-    ours, theirs = (r.fidelity.get(metric, {}).get("value") for r in (record, reference))
-    return (ours - theirs) / theirs if ours is not None and theirs else None
+def _differences(pairs: Pairs, measure: Measure) -> np.ndarray | None:
+    """Per problem the mean of a - b over the pairs, [problems]; None unless all have the same problems."""
+    table = columns([r for pair in pairs for r in pair], measure)
+    return None if table is None else (table[:, 0::2] - table[:, 1::2]).sum(axis=1) / len(pairs)
 
 
-def label(axes: dict[str, Any], varying: Iterable[str], without: str | None = None) -> str:
-    """A run's short name: method, what varies, and the switches that are on: "gptq w3a4 +tmas"."""
-    varying = list(varying)
-    words = [str(axes.get("method", "run"))]
-    words += [str(axes[k]) for k in ("bits",) if k in varying and k in axes]
-    rest = [k for k in varying if k not in ("method", "bits", without) and k in axes]
-    words += [f"{k}={axes[k]}" for k in rest if not isinstance(axes[k], bool)]
-    words += [f"+{k}" for k in rest if axes[k] is True]
-    return " ".join(words)
+def _tested(d: np.ndarray, seeds: int) -> Delta:
+    binary = seeds == 1 and bool(np.isin(d, (-1, 0, 1)).all())
+    return replace(_test(d.tobytes(), binary), seeds=seeds)
 
 
-def curve(
-    record: RunRecord, metric: str, by_mask_ratio: bool
-) -> tuple[list[float | int], list[float | int]] | None:
-    """(steps, values) of a recorded curve such as `kl_by_step` or `kl_by_mask_ratio`, nulls left out."""
-    for name, points in record.curves.items():
-        if name.lower().replace("/", "_").startswith(metric) and is_by_mask_ratio(name) == by_mask_ratio:
-            pairs = [
-                (s, v) for s, v in zip(points["step"], points["value"], strict=True) if None not in (s, v)
-            ]
-            if pairs:
-                return [s for s, _ in pairs], [v for _, v in pairs]
-    return None
+@lru_cache(maxsize=4096)
+def _test(raw: bytes, binary: bool) -> Delta:
+    """Value, error, interval and p of differences [problems]; kept, for several tables show the same."""
+    d = np.frombuffer(raw)
+    estimate, (low, high) = mean_stderr(d), bootstrap_interval(d)
+    return Delta(
+        value=estimate.value,
+        stderr=finite(estimate.stderr),
+        low=finite(low),
+        high=finite(high),
+        p=mcnemar(d > 0, d < 0).p if binary else sign_flip_p(d),
+        n=estimate.n,
+        won=int((d > 0).sum()),
+        lost=int((d < 0).sum()),
+    )
 
 
-def is_by_mask_ratio(curve_name: str) -> bool:
-    """True for a curve over mask-ratio blocks, False for one over denoising steps."""
-    return bool(re.search(r"mask|ratio|block", curve_name.lower()))
+def _unpaired(pairs: Pairs, measure: Measure) -> Delta | None:
+    """Difference of the two means; their errors add in squares, which overstates a paired comparison's."""
+    a, b = (mean(records, measure) for records in zip(*pairs, strict=True))
+    if a is None or b is None:
+        return None
+    stderr = None if a.stderr is None or b.stderr is None else math.hypot(a.stderr, b.stderr)
+    return Delta(a.value - b.value, stderr, seeds=len(pairs), paired=False)
+
+
+def relative_change(a: Group, b: Group, name: str) -> float | None:
+    """(a - b) / b of a fidelity figure; None where undefined."""
+    ours, theirs = fidelity(a, name), fidelity(b, name)
+    return (ours.value - theirs.value) / theirs.value if ours and theirs and theirs.value else None
+
+
+# ---------------------------------------------------------------- effects of switches
+
+
+def effects(sweep: Sweep) -> list[Effect]:
+    """Every group with a switch on against its twin.
+
+    p-values are Holm-corrected over all tasks of all effects; those of KL over all effects, on their own.
+    """
+    found = []
+    for toggle in varying_toggles(sweep):
+        for group in groups(sweep):
+            if off := twin(sweep, group, toggle):
+                deltas = {t: d for t, m in tasks(sweep).items() if (d := delta(group, off, t, m))}
+                found.append(Effect(toggle, group, off, deltas, fidelity_delta(group, off, "kl")))
+    scores = iter(_corrected([d for e in found for d in e.deltas.values()]))
+    kls = iter(_corrected([e.kl for e in found if e.kl]))
+    return [
+        replace(e, deltas={t: next(scores) for t in e.deltas}, kl=next(kls) if e.kl else None) for e in found
+    ]
+
+
+def main_effects(sweep: Sweep) -> list[MainEffect]:
+    """Each switch with two twin pairs or more: over all methods, then over each method that has two.
+
+    A problem's differences are averaged over the pairs and their seeds before anything is tested, so a pair
+    is no extra problem. Pairs in which the switch is inert are left out. p-values are Holm-corrected over
+    all of these on the tasks; those of KL on their own.
+    """
+    found = []
+    measures = [(t, Measure(t, m)) for t, m in tasks(sweep).items()] + [("KL", Measure(None, "kl"))]
+    every = effects(sweep)
+    for toggle in varying_toggles(sweep):
+        active = [e for e in every if e.toggle == toggle and not e.inert]
+        methods = list(dict.fromkeys(str(e.group.axes.get("method")) for e in active))
+        for method in (None, *(methods if len(methods) > 1 else ())):
+            pairs = [e for e in active if method in (None, str(e.group.axes.get("method")))]
+            for task, measure in measures if len(pairs) > 1 else ():
+                if d := _averaged(pairs, measure):
+                    found.append(MainEffect(toggle, method, task, measure.metric, len(pairs), d))
+    scores, kls = (
+        iter(_corrected([e.delta for e in found if (e.task == "KL") == kl])) for kl in (False, True)
+    )
+    return [replace(e, delta=next(kls if e.task == "KL" else scores)) for e in found]
+
+
+def _averaged(twins: Sequence[Effect], measure: Measure) -> Delta | None:
+    """The mean difference over twin pairs; None unless all of them have the same problems."""
+    matches = [matched(e.group, e.twin) for e in twins]
+    found = [d for pairs in matches if pairs and (d := _differences(pairs, measure)) is not None]
+    if len(found) < len(twins) or len({len(d) for d in found}) != 1:
+        return None
+    d = np.mean(found, axis=0)
+    d = d[np.isfinite(d)]
+    return _tested(d, min(map(len, matches))) if len(d) else None
+
+
+def _corrected(deltas: Sequence[Delta]) -> list[Delta]:
+    """The same deltas with Holm's correction over those that have a p."""
+    adjusted = iter(holm([d.p for d in deltas if d.p is not None]))
+    return [d if d.p is None else replace(d, p_holm=next(adjusted)) for d in deltas]

@@ -6,42 +6,55 @@ script but the sort function, by its hash.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable
 from html import escape
-from typing import Any
+from pathlib import Path
 
-from dllmq.report.compare import all_records, label, tasks, varying_axes, varying_toggles
-from dllmq.report.figures import Drawing, draw, to_svg
+from dllmq.report.figures import draw, to_svg
+from dllmq.report.groups import all_records, groups, label, tasks, varying_axes, varying_toggles
+from dllmq.report.html_details import changes_html, flatten, reproduce_html
 from dllmq.report.page import CSS, MEANING, SCRIPT, SCRIPT_HASH
-from dllmq.report.results import RunRecord, Sweep, redact
+from dllmq.report.plot_style import Drawing
+from dllmq.report.results import Sweep
+from dllmq.report.samples import changed_answers
 from dllmq.report.table import EMPTY, Cell, Column, Row, Table, to_html
-from dllmq.report.tables import cost_table, effects_table, first_line, results_table
+from dllmq.report.tables import cost_table, effects_table, first_line, main_effects_table, results_table
 
 _POLICY = f"default-src 'none'; style-src 'unsafe-inline'; script-src '{SCRIPT_HASH}'; base-uri 'none'"
 
 
-def render(sweep: Sweep, drawings: list[Drawing] | None = None) -> str:
-    """The whole page as text; the same records give the same bytes."""
+def render(sweep: Sweep, drawings: list[Drawing] | None = None, folder: str | Path | None = None) -> str:
+    """The whole page as text; the same records give the same bytes.
+
+    Args:
+        drawings: the figures; None draws them.
+        folder: the sweep's folder, for the answers that changed; None leaves that section out.
+    """
     drawings = draw(sweep) if drawings is None else drawings
-    sections = [
-        _section("Results", to_html(results_table(sweep))),
-        _effects(sweep),
-        _figures(drawings),
-        _meanings(sweep),
-        _calibration(sweep),
-        _section("Cost", to_html(cost_table(sweep))) if all_records(sweep) else "",
-        _failures(sweep),
-        _configurations(sweep),
-    ]
+    changes = changed_answers(sweep, folder) if folder is not None else []
+    sections = {
+        "Results": _tables([results_table(sweep)]) + _figures(drawings, "scores"),
+        "What each switch changes": _tables([main_effects_table(sweep)], titled=True)
+        + _figures(drawings, "effects")
+        + _tables([effects_table(sweep)], titled=True),
+        "Where the error arises": _figures(drawings, "curves"),
+        "Cost": _cost(sweep) + _figures(drawings, "cost"),
+        "Answers that changed": changes_html(sweep, changes),
+        "What the switches mean": _meanings(sweep),
+        "Calibration": _calibration(sweep),
+        "Failed runs": _failures(sweep),
+        "Reproduce": reproduce_html(sweep),
+    }
+    sections = {title: body for title, body in sections.items() if body}
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         f"<title>{escape(sweep.name)} – dllmq report</title><style>{CSS}</style></head>\n<body><main>\n"
         f'<header><p class="eyebrow">dllmq report</p><h1>{escape(sweep.name)}</h1>'
-        f'<p class="summary">{escape(headline(sweep))}</p></header>\n'
-        + "\n".join(section for section in sections if section)
+        f'<p class="summary">{escape(headline(sweep))}</p>{_contents(list(sections))}</header>\n'
+        + "\n".join(_section(title, body) for title, body in sections.items())
         + f"\n{_footer(sweep)}</main>\n<script>{SCRIPT}</script></body></html>\n"
     )
 
@@ -60,6 +73,9 @@ def headline(sweep: Sweep) -> str:
         text += f": {_and(methods)}" + (f" at {_and(widths)}" if widths else "")
     if toggles:
         text += f", with {_and(toggles)} on and off"
+    seeds = {len(group.records) for group in groups(sweep)}
+    if seeds and max(seeds) > 1:
+        text += f", {' to '.join(map(str, sorted({min(seeds), max(seeds)})))} seeds each"
     text += "."
     if task_metrics := tasks(sweep):
         text += f" Measured on {_and([_task_n(sweep, t, m) for t, m in task_metrics.items()])}"
@@ -79,23 +95,37 @@ def _and(words: list[str]) -> str:
 # ---------------------------------------------------------------- sections
 
 
-def _section(title: str, body: str, lead: str = "") -> str:
-    text = f"<p>{escape(lead)}</p>" if lead else ""
-    return f"<section><h2>{escape(title)}</h2>{text}{body}</section>"
+def _contents(titles: list[str]) -> str:
+    links = "".join(f'<a href="#{_anchor(title)}">{title}</a>' for title in titles)
+    return f'<nav aria-label="Contents">{links}</nav>' if links else ""
 
 
-def _effects(sweep: Sweep) -> str:
-    table = effects_table(sweep)
-    return _section(table.title, to_html(table)) if table.rows else ""
+def _anchor(title: str) -> str:
+    return "part-" + title.lower().replace(" ", "-")
 
 
-def _figures(drawings: Iterable[Drawing]) -> str:
-    grids = {"figures": "", "figures small": ""}
-    for d in drawings:
-        figure = f"<figure>{to_svg(d, themed=True)}<figcaption>{escape(d.caption)}</figcaption></figure>"
-        grids["figures small" if d.name.startswith("score-") else "figures"] += figure
-    body = "".join(f'<div class="{name}">{figures}</div>' for name, figures in grids.items() if figures)
-    return _section("Figures", body) if body else ""
+def _section(title: str, body: str) -> str:
+    return f'<section id="{_anchor(title)}"><h2>{title}</h2>{body}</section>'
+
+
+def _tables(tables: list[Table], titled: bool = False) -> str:
+    """The tables that have rows, with a heading each if `titled`."""
+    heading = "<h3>{}</h3>" if titled else ""
+    return "".join(heading.format(escape(table.title)) + to_html(table) for table in tables if table.rows)
+
+
+def _figures(drawings: Iterable[Drawing], part: str) -> str:
+    body = "".join(
+        f"<figure>{to_svg(d, themed=True)}<figcaption>{escape(d.caption)}</figcaption></figure>"
+        for d in drawings
+        if d.part == part
+    )
+    small = " small" if part in ("scores", "effects") else ""
+    return f'<div class="figures{small}">{body}</div>' if body else ""
+
+
+def _cost(sweep: Sweep) -> str:
+    return _tables([cost_table(sweep)]) if all_records(sweep) else ""
 
 
 def _meanings(sweep: Sweep) -> str:
@@ -105,40 +135,28 @@ def _meanings(sweep: Sweep) -> str:
         for name in known
         if name in MEANING
     )
-    return _section("What the switches mean", f"<dl>{items}</dl>") if items else ""
+    return f"<dl>{items}</dl>" if items else ""
 
 
 def _calibration(sweep: Sweep) -> str:
-    runs = [(label(r.axes, varying_axes(sweep)), dict(flatten(r.calibration))) for r in sweep.records]
+    """One row per run that was calibrated, one column per fact about what was drawn."""
+    varying = varying_axes(sweep)
+    runs = [(label(r.axes, varying), dict(flatten(r.calibration))) for r in sweep.records if r.calibration]
     keys = list(dict.fromkeys(key for _, values in runs for key in values))
-    if not keys:
-        return ""
-    rows = [Row((Cell(k), *(Cell(v[k]) if k in v else EMPTY for _, v in runs))) for k in keys]
-    columns = [Column("drawn", numeric=False), *(Column(name) for name, _ in runs)]
-    table = Table("Calibration", tuple(columns), tuple(rows))
-    return _section("Calibration", to_html(table), "What each run's statistics were computed from.")
+    rows = [Row((Cell(name), *(_fact(values.get(key)) for key in keys))) for name, values in runs]
+    columns = (Column("run", numeric=False), *(Column(key.replace("_", " ")) for key in keys))
+    table = Table("Calibration", columns, tuple(rows))
+    return "<p>What each run's statistics were computed from.</p>" + to_html(table) if keys else ""
 
 
-def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested mappings as ("a.b", text) pairs; lists of plain values on one line, shortened after 12."""
-    if isinstance(values, dict):
-        for key, value in values.items():
-            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(values, list) and values and isinstance(values[0], (dict, list)):
-        for i, value in enumerate(values):
-            yield from flatten(value, f"{prefix}[{i}]")
-    elif isinstance(values, list):
-        yield prefix, ", ".join(_short(v) for v in values[:12]) + (" …" if len(values) > 12 else "")
-    else:
-        yield prefix, _short(values)
-
-
-def _short(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _fact(text: str | None) -> Cell:
+    if text is None:
+        return EMPTY
+    try:
+        number = float(text)
+    except ValueError:
+        return Cell(text)
+    return Cell(text, sort=number if math.isfinite(number) else None)
 
 
 def _failures(sweep: Sweep) -> str:
@@ -150,39 +168,7 @@ def _failures(sweep: Sweep) -> str:
             f'<details><summary>{name}</summary><div><pre class="wrap">{escape(str(details))}</pre>'
             "</div></details>"
         )
-    return _section("Failed runs", "".join(blocks)) if blocks else ""
-
-
-def _configurations(sweep: Sweep) -> str:
-    varying = varying_axes(sweep)
-    named = [("full precision", sweep.baseline)] if sweep.baseline else []
-    named += [(label(r.axes, varying), r) for r in sweep.records]
-    blocks = "".join(_configuration(name, record) for name, record in named)
-    lead = "Each run's command, environment and full configuration, as recorded."
-    return _section("Reproduce", blocks, lead) if blocks else ""
-
-
-def _configuration(name: str, r: RunRecord) -> str:
-    facts = [
-        ("run", r.run_name),
-        ("device", r.device if isinstance(r.device, str) else _join(r.device)),
-        ("git", _join(r.git) or "not recorded"),
-        ("seed", str(r.seed)),
-        ("versions", _join(r.versions)),
-        ("without effect", ", ".join(map(str, r.inert))),
-        ("fingerprint", r.fingerprint),
-        *((f"notes: {key}", value) for key, value in flatten(r.notes)),
-    ]
-    items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in facts if v)
-    config = json.dumps(redact(r.config), indent=2, ensure_ascii=False)
-    return (
-        f'<details><summary>{escape(name)}</summary><div><pre class="wrap">{escape(r.command)}</pre>'
-        f'<dl style="margin-top:.8rem">{items}</dl><pre>{escape(config)}</pre></div></details>'
-    )
-
-
-def _join(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {text}".strip() for key, text in flatten(values))
+    return "".join(blocks)
 
 
 def _footer(sweep: Sweep) -> str:

@@ -15,7 +15,7 @@ CSS = """
   --on-back:#e3edf8;
   --s0:#0072b2; --s1:#d55e00; --s2:#009e73; --s3:#b9608d; --s4:#b87f00; --s5:#3a93c4; --s6:#7a5195;
   --s7:#77770a; }
-@media (prefers-color-scheme: dark) { :root { --ink:#e5e8ec; --soft:#9aa4b1; --line:#343b45;
+@media screen and (prefers-color-scheme: dark) { :root { --ink:#e5e8ec; --soft:#9aa4b1; --line:#343b45;
   --paper:#191d23; --back:#111418;
   --accent:#7db7f0; --good:#7fd6a4; --good-back:#17352a; --bad:#f2a394; --bad-back:#3d221d;
   --on-back:#1d3247;
@@ -33,10 +33,15 @@ header { margin-bottom: 1.75rem; }
 h1 { margin: .15rem 0 .5rem; font-size: clamp(1.5rem, 4.5vw, 2.1rem); line-height: 1.2; letter-spacing:
   -.015em; }
 h2 { margin: 2.6rem 0 .35rem; font-size: 1.2rem; letter-spacing: -.005em; }
+h3 { margin: 1.5rem 0 .5rem; font-size: 1rem; } h4 { margin: 0 0 .4rem; font-size: .95rem; }
+h5 { margin: .55rem 0 0; font-size: .8rem; color: var(--soft); font-weight: 600; }
+nav { display: flex; flex-wrap: wrap; gap: .15rem 1.1rem; margin-top: .9rem; font-size: .92rem; }
+a { color: var(--accent); }
 h2 + p, .lead { margin: 0 0 .8rem; color: var(--soft); max-width: 72ch; }
 .summary { margin: 0; font-size: 1.08rem; max-width: 78ch; }
 .scroll { overflow-x: auto; background: var(--paper); border: 1px solid var(--line); border-radius: 10px; }
-.scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+.scroll:focus-visible, summary:focus-visible, th:focus-visible { outline: 2px solid
+  var(--accent); outline-offset: 2px; }
 table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .875rem; font-variant-numeric:
   tabular-nums; }
 th, td { padding: .5rem .62rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line);
@@ -60,8 +65,9 @@ td.failed { color: var(--bad); white-space: normal; min-width: 16rem; }
 .sortable th { cursor: pointer; } .sortable th:hover { color: var(--ink); }
 th[aria-sort=ascending]::after { content: " \\2191"; } th[aria-sort=descending]::after { content: " \\2193";
   }
+.figures + h3 { margin-top: 2rem; }
 .figures { display: grid; gap: 1rem; align-items: start; margin-top: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
 .figures.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
 small { color: var(--soft); font-size: .86em; font-weight: 400; }
 figure { margin: 0; padding: .8rem .8rem .7rem; background: var(--paper); border: 1px solid var(--line);
@@ -75,6 +81,12 @@ dl { margin: 0; display: grid; grid-template-columns: minmax(7rem, max-content) 
 dt { font-weight: 600; } dd { margin: 0; max-width: 76ch; min-width: 0; }
 details { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; margin-top: .55rem;
   }
+.fold { margin: .55rem 0 0; padding: 0 .9rem; font-size: .92rem; font-weight: 600; }
+summary .muted, .fold .muted { font-weight: 400; margin-left: .5rem; }
+article { padding: .8rem 0; border-top: 1px solid var(--line); } article:first-child { border-top: 0; }
+h4 .better, h4 .worse { margin-left: .4rem; font-size: .82rem; }
+.pair { display: grid; gap: 0 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
+.pair > div { min-width: 0; }
 summary { padding: .55rem .9rem; cursor: pointer; font-weight: 600; font-size: .92rem; }
 details > div { padding: .2rem .9rem .9rem; }
 pre { margin: .35rem 0 0; padding: .7rem .85rem; background: var(--back); border-radius: 7px; overflow-x:
@@ -88,11 +100,14 @@ footer { margin-top: 3rem; padding-top: .9rem; border-top: 1px solid var(--line)
   font-size: .82rem; }
   h2 { margin-top: 2.1rem; } dl { grid-template-columns: 1fr; gap: .1rem; } dd { margin-bottom: .6rem; }
   figure { padding: .5rem; } }
-@media print { :root { color-scheme: light; --back:#fff; --paper:#fff; --ink:#000; --soft:#444; } body {
+@page { size: A4 landscape; margin: 12mm; }
+@media print { nav { display: none; } article { break-inside: avoid; }
+  :root { color-scheme: light; --back:#fff; --paper:#fff; --ink:#000; --soft:#444; } body {
   font-size: 10pt; }
   main { max-width: none; padding: 0; } .scroll { overflow: visible; border: 0; } table { font-size:
-  7.5pt; }
-  th, td { padding: .2rem .3rem; } h2 { break-after: avoid; } tr { break-inside: avoid; } pre {
+  6.5pt; } thead th { font-size: 6pt; }
+  th, td { padding: .15rem .2rem; white-space: normal; }
+  h2 { break-after: avoid; } tr { break-inside: avoid; } pre {
   white-space: pre-wrap; }
   .figures { grid-template-columns: 1fr 1fr; } th[scope=row], thead th:first-child { position: static; } }
 """
@@ -107,6 +122,10 @@ document.querySelectorAll("table").forEach(table => {
   const isNumber = x => typeof x === "number";
   const order = (a, b) => isNumber(a) && isNumber(b) ? a - b : isNumber(a) ? 1 : isNumber(b) ? -1
     : a.localeCompare(b, undefined, {numeric: true});
+  heads.forEach(head => {
+    head.tabIndex = 0;
+    head.addEventListener("keydown", event => { if (event.key === "Enter") head.click(); });
+  });
   heads.forEach((head, i) => head.addEventListener("click", () => {
     const up = head.getAttribute("aria-sort") === "descending";
     heads.forEach(h => h.removeAttribute("aria-sort"));

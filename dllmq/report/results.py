@@ -43,7 +43,7 @@ class RunRecord:
     config: dict[str, Any]  # fully resolved
     run_name: str
     scores: dict[str, dict[str, dict[str, Any]]]  # task -> metric -> {value, stderr, n}
-    fidelity: dict[str, dict[str, Any]]  # "kl" (nats), "top1" (0..1) -> {value, stderr, n}
+    fidelity: dict[str, dict[str, Any]]  # "kl" (nats), "top1" (0..1), ... -> {value, stderr, n}
     curves: dict[str, dict[str, list]]  # name -> {step: [...], value: [...]}, equally long
     cost: dict[str, float | int | None]
     inert: list[str]  # switches without effect here: "cgq" or "cgq: why"
@@ -58,6 +58,7 @@ class RunRecord:
     per_problem: dict[str, dict[str, list]] = field(default_factory=dict)  # task -> metric -> [n], doc order
     calibration: dict[str, Any] = field(default_factory=dict)  # what was drawn
     notes: dict[str, Any] = field(default_factory=dict)
+    fidelity_per_prompt: dict[str, list] = field(default_factory=dict)  # name -> [held-out prompts]
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values, fields in the order above."""
@@ -190,7 +191,7 @@ def load_record(path: str | os.PathLike[str]) -> RunRecord:
 
 _JSON_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("config", "scores", "fidelity", "curves", "cost", "versions", "git"), (dict,)),
-    **dict.fromkeys(("axes", "per_problem", "calibration", "notes"), (dict,)),
+    **dict.fromkeys(("axes", "per_problem", "calibration", "notes", "fidelity_per_prompt"), (dict,)),
     **dict.fromkeys(("run_name", "command", "status", "fingerprint"), (str,)),
     "inert": (list,),
     "device": (str, dict),

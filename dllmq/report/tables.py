@@ -1,66 +1,99 @@
 """The tables of a sweep: results, the effect of each switch, cost.
 
-value ± stderr (n)    a score; ± is one standard error over problems
-Δ fp                  run - full precision, paired by problem
-effect of a switch    run - its twin (same cell, only that switch off), paired by problem
+value ± stderr (n)    a score; ± is one standard error over problems; runs that differ in the seed share a row
+Δ fp [low, high]      run - full precision, paired by problem, with its 95 % interval
+effect of a switch    run - its twin (same cell, only that switch off), paired by problem and seed
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from dllmq.report.cells import (
+    delta_cell,
+    kl_cell,
+    kl_text,
+    number_cell,
+    p_cell,
+    p_text,
+    score_cell,
+    signed,
+)
 from dllmq.report.compare import (
+    ALPHA,
     Delta,
+    Effect,
+    MainEffect,
     delta,
+    effects,
+    fidelity_delta,
+    main_effects,
+    relative_change,
+)
+from dllmq.report.groups import (
+    Group,
+    as_group,
+    fidelity,
+    groups,
+    inert_reason,
     is_share,
     label,
-    lower_is_better,
-    relative_change,
+    score,
     tasks,
-    twin,
     varying_axes,
-    varying_toggles,
 )
-from dllmq.report.results import RunRecord, Sweep
-from dllmq.report.table import EMPTY, KEEP, Cell, Column, Row, Table, Tone
+from dllmq.report.results import Sweep
+from dllmq.report.table import EMPTY, KEEP, Cell, Column, Row, Table
+
+__all__ = [
+    "cost_table",
+    "effects_table",
+    "first_line",
+    "kl_text",
+    "main_effects_table",
+    "results_table",
+    "sweep_tables",
+]
 
 _MARKS = "¹²³⁴⁵⁶⁷⁸⁹"
 
 
 def sweep_tables(sweep: Sweep) -> list[Table]:
-    """What a sweep prints: the results and, where a switch varies, what each switch changed."""
-    effects = effects_table(sweep)
-    return [results_table(sweep)] + ([effects] if effects.rows else [])
+    """What a sweep prints: the results and, where a switch varies, its effect in each cell and on average."""
+    tables = [results_table(sweep), effects_table(sweep), main_effects_table(sweep)]
+    return tables[:1] + [table for table in tables[1:] if table.rows]
 
 
 # ---------------------------------------------------------------- results
 
+# fidelity figures in percent: name -> title, compact title, rank
+_SHARES = {
+    "final_agreement": ("final\nagreement %", "final\n%", 41),
+    "top1": ("top-1\n%", "top-1\n%", 62),
+    "argmax_at_k": ("argmax@k\n%", "argm@k\n%", 64),
+}
+
 
 def results_table(sweep: Sweep) -> Table:
-    """One row per run, full precision first, failed runs last."""
+    """One row per group of runs, full precision first, failed runs last."""
     axes, task_metrics = _axes_shown(sweep), tasks(sweep)
-    notes = _InertNotes()
-    rows = []
+    rows, notes = [], _InertNotes()
     if sweep.baseline:
-        name = Cell("full precision", compact="fp")
-        rows.append(
-            Row(
-                (name, *[EMPTY] * (len(axes) - 1), *_measured(sweep, sweep.baseline, task_metrics)),
-                "reference",
-            )
-        )
-    for record in sweep.records:
-        cells = [_axis_cell(record.axes.get(name), notes.mark(record, name)) for name in axes]
-        rows.append(Row((*cells, *_measured(sweep, record, task_metrics))))
+        known = (Cell("full precision", compact="fp"), *[EMPTY] * (len(axes) - 1))
+        rows.append(Row((*known, *_measured(sweep, as_group(sweep.baseline), task_metrics)), "reference"))
+    for group in groups(sweep):
+        cells = [_axis_cell(group.axes.get(name), notes.mark(group, name)) for name in axes]
+        rows.append(Row((*cells, *_measured(sweep, group, task_metrics))))
     for status in sweep.failed:
         known = tuple(_axis_cell(status["axes"].get(name)) for name in axes)
-        rows.append(Row(known, "failed", message=first_line(status["error"])))
+        seed = f"seed {status['axes'].get('seed')}: " if "seed" in varying_axes(sweep) else ""
+        rows.append(Row(known, "failed", message=seed + first_line(status["error"])))
     columns = [Column(name, KEEP, numeric=False) for name in axes]
     return Table(
         title="Results",
-        columns=(*columns, *_score_columns(sweep, task_metrics), *_tail_columns()),
+        columns=(*columns, *_score_columns(sweep, task_metrics), *_tail_columns(sweep)),
         rows=tuple(rows),
         footnotes=(*_legend(sweep, task_metrics), *notes.sentences()),
     )
@@ -69,7 +102,7 @@ def results_table(sweep: Sweep) -> Table:
 def _axes_shown(sweep: Sweep) -> list[str]:
     names = list(dict.fromkeys(["method", "bits", *varying_axes(sweep)]))
     known = [r.axes for r in sweep.records] + [s["axes"] for s in sweep.failed]
-    return [name for name in names if name == "method" or any(name in axes for axes in known)]
+    return [n for n in names if n == "method" or (n != "seed" and any(n in axes for axes in known))]
 
 
 def _axis_cell(value: Any, mark: str = "") -> Cell:
@@ -79,49 +112,76 @@ def _axis_cell(value: Any, mark: str = "") -> Cell:
 
 
 def _score_columns(sweep: Sweep, task_metrics: dict[str, str]) -> Iterator[Column]:
+    seeds = _most_seeds(sweep)
     for i, (task, metric) in enumerate(task_metrics.items()):
         unit = " %" if is_share(metric) else ""
         n = _common_n(sweep, task, metric)
-        short = f"{task}\n{_unit_n(unit, n)}"
+        count = "" if n is None else f"n={n}" if seeds == 1 else f"n={n} x {seeds}"
+        short = f"{task}\n{', '.join(part for part in (unit.strip(), count) if part)}"
         title = f"{task}\n{metric.removesuffix(',none')}{unit}"
-        yield Column(title, 10 + i if i else KEEP, compact=short, note=f"n = {n}" if n else "")
-        yield Column(f"{task}\nΔ fp", 30 + i, compact="\nΔ fp")
-
-
-def _unit_n(unit: str, n: int | None) -> str:
-    return ", ".join(part for part in (unit.strip(), f"n={n}" if n else "") if part)
+        note = f"n = {n}" if n and seeds == 1 else ""
+        yield Column(title, 10 + i if i else KEEP, compact=short, note=note)
+        if sweep.baseline:
+            yield Column(f"{task}\nΔ fp [95 %]", 30 + i, compact="\nΔ fp [95 %]")
+            yield Column(f"{task}\np", 45 + i, compact="\np")
 
 
 def _common_n(sweep: Sweep, task: str, metric: str) -> int | None:
-    counts = {s["n"] for r in sweep.records if (s := r.scores.get(task, {}).get(metric))}
-    return int(counts.pop()) if len(counts) == 1 and None not in counts else None
+    counts = {s.n for g in groups(sweep) if (s := score(g, task, metric))}
+    return int(n) if len(counts) == 1 and (n := counts.pop()) is not None else None
 
 
-def _tail_columns() -> tuple[Column, ...]:
-    return (
-        Column("KL\nnats", 20),
-        Column("top-1\n%", 40),
-        Column("quantized\n% params", 50, compact="quant.\n%"),
-        Column("time\ns", 60),
-    )
+def _most_seeds(sweep: Sweep) -> int:
+    return max((len(g.seeds) for g in groups(sweep)), default=1)
 
 
-def _measured(sweep: Sweep, record: RunRecord, task_metrics: dict[str, str]) -> Iterator[Cell]:
-    reference = None if record is sweep.baseline else sweep.baseline
+def _tail_columns(sweep: Sweep) -> Iterator[Column]:
+    yield Column("KL\nnats", 25)
+    for name in _shares_shown(sweep):
+        title, compact, rank = _SHARES[name]
+        yield Column(title, rank, compact=compact)
+    if _truncation_known(sweep):
+        yield Column("truncated\n% answers", 42, compact="trunc.\n%")
+    yield Column("quantized\n% params", 70, compact="quant.\n%")
+    yield Column("time\ns", 80)
+
+
+def _shares_shown(sweep: Sweep) -> list[str]:
+    return [name for name in _SHARES if name == "top1" or any(name in r.fidelity for r in sweep.records)]
+
+
+def _truncation_known(sweep: Sweep) -> bool:
+    return any(r.cost.get("truncated_share") is not None for r in sweep.records)
+
+
+def _measured(sweep: Sweep, group: Group, task_metrics: dict[str, str]) -> Iterator[Cell]:
+    reference = None if group.records[0] is sweep.baseline else sweep.baseline
     for task, metric in task_metrics.items():
-        yield score_cell(record.scores.get(task, {}).get(metric), is_share(metric))
-        yield delta_cell(delta(record, reference, task, metric), metric)
-    yield _kl_cell(record.fidelity.get("kl"))
-    yield replace(score_cell(record.fidelity.get("top1"), share=True), note="")
-    yield number_cell(record.cost.get("quantized_share"), "{:.1f}", 100)
-    yield number_cell(seconds(record), "{:.1f}" if (seconds(record) or 0) < 10 else "{:.0f}")
+        yield score_cell(score(group, task, metric), is_share(metric))
+        if sweep.baseline:
+            difference = delta(group, reference, task, metric)
+            yield delta_cell(difference, metric)
+            yield p_cell(difference)
+    yield kl_cell(fidelity(group, "kl"))
+    for name in _shares_shown(sweep):
+        yield replace(score_cell(fidelity(group, name), share=True), note="")
+    if _truncation_known(sweep):
+        yield number_cell(_cost(group, "truncated_share"), "{:.1f}", 100)
+    yield number_cell(_cost(group, "quantized_share"), "{:.1f}", 100)
+    time = _seconds(group)
+    yield number_cell(time, "{:.1f}" if (time or 0) < 10 else "{:.0f}")
 
 
-def seconds(record: RunRecord) -> float | int | None:
-    """Calibration, quantization and evaluation together."""
-    parts = [record.cost.get(k) for k in ("calibrate_s", "quantize_s", "evaluate_s")]
-    known = [p for p in parts if p is not None]
+def _seconds(group: Group) -> float | int | None:
+    """Calibration, quantization and evaluation of one run together."""
+    known = [s for k in ("calibrate_s", "quantize_s", "evaluate_s") if (s := _cost(group, k)) is not None]
     return sum(known) if known else None
+
+
+def _cost(group: Group, key: str) -> float | int | None:
+    """A cost, mean over the group's seeds; None when no run recorded it."""
+    known = [value for r in group.records if (value := r.cost.get(key)) is not None]
+    return sum(known) / len(known) if known else None
 
 
 class _InertNotes:
@@ -130,177 +190,189 @@ class _InertNotes:
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    def mark(self, record: RunRecord, axis: str) -> str:
-        text = next((str(s) for s in record.inert if str(s).split(":")[0].strip() == axis), None)
-        if text is None:
+    def mark(self, group: Group, axis: str) -> str:
+        reasons = [reason for r in group.records if (reason := inert_reason(r, axis))]
+        if not reasons:
             return ""
-        reason = text.split(":", 1)[1].strip() if ":" in text else "it is recorded as inert"
-        sentence = f"{axis} has no effect in this combination: {reason}"
+        sentence = f"{axis} has no effect in this combination: {reasons[0]}"
         if sentence not in self.texts:
             self.texts.append(sentence)
-        index = self.texts.index(sentence)
-        return _MARKS[index] if index < len(_MARKS) else f"[{index + 1}]"
+        return self._sign(self.texts.index(sentence))
 
     def sentences(self) -> list[str]:
-        return [
-            f"{_MARKS[i] if i < len(_MARKS) else f'[{i + 1}]'} {t.rstrip('.')}."
-            for i, t in enumerate(self.texts)
-        ]
+        return [f"{self._sign(i)} {text.rstrip('.')}." for i, text in enumerate(self.texts)]
+
+    def _sign(self, index: int) -> str:
+        return _MARKS[index] if index < len(_MARKS) else f"[{index + 1}]"
 
 
 def _legend(sweep: Sweep, task_metrics: dict[str, str]) -> Iterator[str]:
     if task_metrics:
         yield "± is one standard error over problems, (n) their number."
+    if _most_seeds(sweep) > 1:
+        yield (
+            "x seeds: runs that differ in the seed only share a row. A problem's seeds are averaged first, "
+            "so they add no problems; errors, intervals and p are about other problems, not other seeds."
+        )
     if sweep.baseline and task_metrics:
-        pairs = [delta(r, sweep.baseline, t, m) for r in sweep.records for t, m in task_metrics.items()]
-        yield "Δ fp: run − full precision, paired over the same problems; coloured beyond 2 standard errors."
-        if any(d and not d.paired for d in pairs):
+        deltas = [delta(g, sweep.baseline, t, m) for g in groups(sweep) for t, m in task_metrics.items()]
+        yield (
+            "Δ fp: run − full precision on the same problems, [95 % bootstrap interval]. p: "
+            + _test_names(sweep)
+            + ", two-sided, not corrected for the number of runs; coloured where p < .05."
+        )
+        yield from _doubtful(deltas)
+        if any(d and not d.paired for d in deltas):
             yield "u: not paired (no common per-problem results), so its error is an upper estimate."
     elif task_metrics:
         yield "No full-precision reference was recorded, so there are no differences to it."
     if any(r.fidelity for r in sweep.records):
         yield "KL, top-1: against full precision at masked positions of held-out trajectory states."
+    if any("argmax_at_k" in r.fidelity for r in sweep.records):
+        yield "argmax@k: the same, at the k positions full precision is about to commit."
+    if any("final_agreement" in r.fidelity for r in sweep.records):
+        yield "final agreement: response positions with full precision's token, each model running freely."
+    if _truncation_known(sweep):
+        yield "truncated: answers that filled the generated length without ending."
+
+
+def _doubtful(deltas: Sequence[Delta | None]) -> Iterator[str]:
+    """A warning where an interval leaves out 0 and p is not below .05: only few problems differ at all."""
+    apart = [d for d in deltas if d and d.low is not None and d.high is not None and d.low * d.high > 0]
+    if any(d.p is not None and d.p >= ALPHA for d in apart):
+        yield (
+            "Where an interval leaves out 0 but the uncorrected p is .05 or more, few problems differ and "
+            "the interval is too narrow: p decides."
+        )
+
+
+def _test_names(sweep: Sweep) -> str:
+    several = "sign-flip permutation over problems"
+    return several if _most_seeds(sweep) > 1 else f"exact McNemar for 0/1 scores, otherwise {several}"
 
 
 # ---------------------------------------------------------------- effects
 
 
 def effects_table(sweep: Sweep) -> Table:
-    """One row per run and switch that is on and has a twin: run - twin."""
-    task_metrics, varying = tasks(sweep), varying_axes(sweep)
-    rows = []
-    for toggle in varying_toggles(sweep):
-        for record in sweep.records:
-            if off := twin(sweep, record, toggle):
-                rows.append(Row(tuple(_effect_cells(record, off, toggle, task_metrics, varying))))
+    """One row per group and switch that is on and has a twin: group - twin."""
+    found, task_metrics = effects(sweep), tasks(sweep)
     columns = [Column("switch", KEEP, numeric=False), Column("added to", KEEP, numeric=False)]
+    for i, (task, metric) in enumerate(task_metrics.items()):
+        unit = ", points" if is_share(metric) else ""
+        title = f"{task}\n{metric.removesuffix(',none')}{unit}"
+        columns.append(Column(title, 10 + 2 * i if i else KEEP, compact=f"{task}\nΔ [95 %]"))
+        columns.append(Column(f"{task}\np (Holm)", 11 + 2 * i, compact="Holm\np"))
+    kl_p = any(e.kl and e.kl.p is not None for e in found)
     columns += [
-        Column(
-            f"{task}\n{m.removesuffix(',none')}{', points' if is_share(m) else ''}",
-            KEEP,
-            compact=f"{task}\nΔ",
-        )
-        for task, m in task_metrics.items()
+        Column("KL\nnats", 30, compact="KL\nΔ nats"),
+        *([Column("KL\np (Holm)", 40, compact="Holm\np")] if kl_p else []),
+        Column("KL\nchange %", 50, compact="KL\nΔ %"),
+        Column("top-1\npoints", 51),
     ]
-    columns += [Column("KL\nchange %", 10, compact="KL\nΔ %"), Column("top-1\npoints", 20)]
-    note = "Each row: the run with the switch on minus its twin with only that switch off, paired by problem."
-    return Table(
-        "Effect of each switch", tuple(columns), tuple(rows), (note, *_effect_notes(sweep)) if rows else ()
-    )
+    rows = tuple(Row(tuple(_effect_cells(sweep, e, task_metrics, kl_p))) for e in found)
+    return Table("Effect of each switch", tuple(columns), rows, tuple(_effect_notes(sweep, found)))
 
 
-def _effect_cells(
-    record: RunRecord, off: RunRecord, toggle: str, task_metrics: dict[str, str], varying: list[str]
-) -> Iterator[Cell]:
-    inert = any(str(s).split(":")[0].strip() == toggle for s in record.inert)
-    yield Cell(toggle + (" (inert)" if inert else ""))
-    yield Cell(label(off.axes, varying, without=toggle))
+def _effect_cells(sweep: Sweep, effect: Effect, task_metrics: dict[str, str], kl_p: bool) -> Iterator[Cell]:
+    yield Cell(effect.toggle + (" (inert)" if effect.inert else ""))
+    yield Cell(label(effect.twin.axes, varying_axes(sweep), without=effect.toggle))
     for task, metric in task_metrics.items():
-        yield delta_cell(delta(record, off, task, metric), metric)
-    change = relative_change(record, off, "kl")
-    yield EMPTY if change is None else Cell(_signed(100 * change, 1), sort=change)
-    ours, theirs = (r.fidelity.get("top1", {}).get("value") for r in (record, off))
-    if ours is None or theirs is None:
-        yield EMPTY
-    else:
-        yield Cell(_signed(100 * (ours - theirs), 2), sort=ours - theirs)
+        yield delta_cell(effect.deltas.get(task), metric)
+        yield p_cell(effect.deltas.get(task))
+    yield delta_cell(effect.kl, "kl")
+    if kl_p:
+        yield p_cell(effect.kl)
+    change = relative_change(effect.group, effect.twin, "kl")
+    yield EMPTY if change is None else Cell(signed(100 * change, 1), sort=change)
+    top1 = fidelity_delta(effect.group, effect.twin, "top1")
+    yield EMPTY if top1 is None else Cell(signed(100 * top1.value, 2), sort=top1.value)
 
 
-def _effect_notes(sweep: Sweep) -> Iterator[str]:
-    if any(r.fidelity for r in sweep.records):
-        yield "KL and top-1 changes carry no error here; lower KL, higher top-1: closer to full precision."
+def _effect_notes(sweep: Sweep, found: Sequence[Effect]) -> Iterator[str]:
+    if not found:
+        return
+    matched = "problem and seed" if _most_seeds(sweep) > 1 else "problem"
+    yield f"Each row: the run with the switch on − its twin with only that switch off, paired by {matched}."
+    p_scores = [d.p for e in found for d in e.deltas.values() if d.p is not None]
+    p_kls = [e.kl.p for e in found if e.kl and e.kl.p is not None]
+    if p_scores:
+        yield (
+            f"[95 % bootstrap interval], not corrected; p: {_test_names(sweep)}; in brackets after Holm's "
+            f"correction for the {len(p_scores)} comparisons of scores in this table. Coloured where Holm's "
+            "p < .05."
+        )
+    yield from _doubtful([d for e in found for d in (*e.deltas.values(), e.kl)])
+    if p_kls:
+        yield (
+            "KL: lower is closer to full precision; paired by held-out prompt, p by sign-flip permutation, "
+            f"Holm's correction for its own {len(p_kls)} comparisons."
+        )
+    elif any(e.kl for e in found):
+        yield "u: KL was not recorded per prompt, so it is not paired and its error is an upper estimate."
+
+
+def main_effects_table(sweep: Sweep) -> Table:
+    """What each switch changed on average over its twin pairs; no rows where no switch has two pairs."""
+    found = main_effects(sweep)
+    rows = tuple(Row(tuple(_main_effect_cells(e))) for e in found)
+    columns = [
+        Column("switch", KEEP, numeric=False),
+        Column("averaged over", KEEP, numeric=False, compact="over"),
+        Column("twin pairs", 20, compact="pairs"),
+        Column("measured on", KEEP, numeric=False),
+        Column("Δ [95 %]", KEEP),
+        Column("Holm p", 10),
+        Column("verdict", KEEP, numeric=False),
+    ]
+    notes = (
+        "A problem's differences (on − off) are averaged over the twin pairs and their seeds, then tested by "
+        "sign-flip permutation: pairs add no problems. Pairs in which the switch is inert are left out.",
+        "Verdict: helps or hurts where p < .05 after Holm's correction for all scores in this table (KL: for "
+        "its own rows), otherwise no difference shown, which is not the same as no difference.",
+    )
+    return Table("Effect of each switch on average", tuple(columns), rows, notes if rows else ())
+
+
+def _main_effect_cells(effect: MainEffect) -> Iterator[Cell]:
+    unit = "nats" if effect.task == "KL" else "points" if is_share(effect.metric) else effect.metric
+    shown = effect.verdict != "no difference shown"
+    yield Cell(effect.toggle)
+    yield Cell(effect.method or "all methods", compact=effect.method or "all")
+    yield Cell(str(effect.twins), sort=effect.twins)
+    yield Cell(f"{effect.task}, {unit}")
+    yield delta_cell(effect.delta, effect.metric)
+    p = effect.delta.p_holm
+    yield EMPTY if p is None else Cell(p_text(p), sort=p)
+    yield Cell(effect.verdict, "" if shown else "muted", compact=effect.verdict if shown else "not shown")
 
 
 # ---------------------------------------------------------------- cost
 
 
 def cost_table(sweep: Sweep) -> Table:
-    """Seconds, bytes and speed of each run."""
+    """Seconds, bytes and speed of one run of each group, means over its seeds."""
     varying = varying_axes(sweep)
-    records = [("full precision", sweep.baseline)] if sweep.baseline else []
-    records += [(label(r.axes, varying), r) for r in sweep.records]
+    named = [("full precision", as_group(sweep.baseline))] if sweep.baseline else []
+    named += [(label(g.axes, varying), g) for g in groups(sweep)]
     rows = []
-    for name, record in records:
-        c = record.cost
+    for name, group in named:
         cells = (
             Cell(name),
-            *(number_cell(c.get(k), "{:.1f}") for k in ("calibrate_s", "quantize_s", "evaluate_s")),
-            number_cell(c.get("peak_memory_bytes"), "{:.1f}", 2**-20),
-            number_cell(c.get("weight_bytes"), "{:.2f}", 2**-20),
-            number_cell(c.get("quantized_share"), "{:.1f}", 100),
-            number_cell(c.get("tokens_per_second"), "{:.1f}"),
-            number_cell(c.get("forwards"), "{:,.0f}"),
+            *(number_cell(_cost(group, k), "{:.1f}") for k in ("calibrate_s", "quantize_s", "evaluate_s")),
+            number_cell(_cost(group, "peak_memory_bytes"), "{:.1f}", 2**-20),
+            number_cell(_cost(group, "weight_bytes"), "{:.2f}", 2**-20),
+            number_cell(_cost(group, "quantized_share"), "{:.1f}", 100),
+            number_cell(_cost(group, "tokens_per_second"), "{:.1f}"),
+            number_cell(_cost(group, "forwards"), "{:,.0f}"),
         )
-        rows.append(Row(cells, "reference" if record is sweep.baseline else "run"))
+        rows.append(Row(cells, "reference" if group.records[0] is sweep.baseline else "run"))
     titles = ["run", "calibrate\ns", "quantize\ns", "evaluate\ns", "peak memory\nMiB", "weights\nMiB"]
     titles += ["quantized\n% params", "speed\ntokens/s", "forwards\n "]
     columns = tuple(Column(title, KEEP, numeric=title != "run") for title in titles)
-    return Table(
-        "Cost",
-        columns,
-        tuple(rows),
-        ("Weights are counted at their true bit width, scales and zeros included.",),
-    )
-
-
-# ---------------------------------------------------------------- cells
-
-
-def score_cell(estimate: dict[str, Any] | None, share: bool) -> Cell:
-    """`value ± stderr (n)`, shares in percent."""
-    if not estimate or estimate["value"] is None:
-        return EMPTY
-    value, error, n = _number(estimate["value"], share), estimate["stderr"], estimate["n"]
-    pm = None if error is None else _number(error, share)
-    return Cell(
-        value if pm is None else f"{value} ± {pm}",
-        compact=value if pm is None else f"{value}±{pm}",
-        sort=estimate["value"],
-        note="" if n is None else f"({n:,.0f})".replace(",", " "),
-    )
-
-
-def delta_cell(d: Delta | None, metric: str) -> Cell:
-    """`+value ± stderr`; toned only where it is beyond two standard errors."""
-    if d is None:
-        return EMPTY
-    share = is_share(metric)
-    value = _signed(100 * d.value, 1) if share else _signed(d.value, 3)
-    tone: Tone = "muted"
-    if d.clear:
-        tone = "better" if (d.value > 0) != lower_is_better(metric) else "worse"
-    mark = "" if d.paired else " u"
-    if d.stderr is None:
-        return Cell(value + mark, "muted", sort=d.value)
-    error = _number(d.stderr, share)
-    return Cell(f"{value} ± {error}{mark}", tone, compact=f"{value}±{error}{mark.strip()}", sort=d.value)
-
-
-def number_cell(value: float | int | None, form: str, scale: float | int = 1) -> Cell:
-    """A plain number, scaled; "–" when it was not measured."""
-    return EMPTY if value is None else Cell(form.format(value * scale).replace(",", " "), sort=value)
-
-
-def _kl_cell(estimate: dict[str, Any] | None) -> Cell:
-    if not estimate or estimate["value"] is None:
-        return EMPTY
-    value = kl_text(estimate["value"])
-    error = "" if estimate["stderr"] is None else f" ± {kl_text(estimate['stderr'], 1)}"
-    return Cell(value + error, compact=value, sort=estimate["value"])
-
-
-def kl_text(value: float | int, digits: int = 3) -> str:
-    """A KL in nats with `digits` significant digits: 0.0952, 1.23, 2.1e-05."""
-    return f"{value:#.{digits}g}".rstrip(".")
-
-
-def _number(value: float | int, share: bool) -> str:
-    return f"{100 * value:.1f}" if share else f"{value:.3f}"
-
-
-def _signed(value: float | int, digits: int) -> str:
-    text = f"{value:+.{digits}f}"
-    return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"
+    notes = ["Weights are counted at their true bit width, scales and zeros included."]
+    notes += ["Each row is one run: the mean over its seeds."] if _most_seeds(sweep) > 1 else []
+    return Table("Cost", columns, tuple(rows), tuple(notes))
 
 
 def first_line(error: Any) -> str:

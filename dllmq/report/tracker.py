@@ -10,26 +10,43 @@ decided before wandb is asked, so it never prompts:
 Each run's files, artifacts waiting for `wandb sync` included, lie in <run folder>/wandb.
 
 What is logged: the resolved configuration; group = sweep, tags = method, width and the switches that are
-on; curves as history against their own x (`denoise/step`, or `mask_ratio/block`); scores as
-`eval/<task>/<metric>`, fidelity and cost in the summary; the results file as an artifact.
+on; curves as history against their own x (see `curve_key`); `eval/<task>/<metric>`, `fidelity/<name>` and
+`cost/<name>` in the summary; changed samples as the table `samples/changed`; the results file as an
+artifact.
+
+W&B sorts, filters and sweeps by names of letters, digits and underscores, so a task or metric is renamed to
+those: lm-eval's "exact_match,strict-match" becomes "exact_match_strict_match" (see `metric_name`).
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from dllmq.report.compare import is_by_mask_ratio
-from dllmq.report.results import RunRecord, redact, to_plain
+from dllmq.report.results import BASELINE, RunRecord, Sweep, load_record, redact, to_plain
+from dllmq.report.samples import changed_answers
 
 logger = logging.getLogger(__name__)
 _NOWHERE = logging.NullHandler()
 MODES = ("auto", "online", "offline", "disabled")
+JOB_TYPES = ("quantize", "full precision", "evaluate")
+SAMPLES = "samples/changed"
+SAMPLE_COLUMNS = (
+    "task", "problem", "prompt", "target", "full_precision", "quantized", "correct_before", "correct_after",
+)  # fmt: skip
+MAX_SAMPLES = 50  # rows of the table
+# end of a curve's name -> (prefix of its W&B metric, its x metric)
+_X = {
+    "_by_step": ("denoise", "denoise/step"),
+    "_by_mask_ratio": ("mask_ratio", "mask_ratio/block"),
+    "_by_block": ("transformer", "transformer/block"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +58,14 @@ class TrackedRun:
     config: dict[str, Any]
     axes: dict[str, Any]
     group: str
-    job_type: str = "quantize"
+    job_type: str | None = None  # one of JOB_TYPES; None: full precision for method fp, else quantize
+
+    def kind(self) -> str:
+        """The job type."""
+        kind = self.job_type or ("full precision" if self.axes.get("method") == "fp" else "quantize")
+        if kind not in JOB_TYPES:
+            raise ValueError(f"job_type={kind!r}: choose one of {', '.join(JOB_TYPES)}.")
+        return kind
 
     def tags(self) -> list[str]:
         """Method, width and the switches that are on: ["awq", "w3a4", "tmas"]."""
@@ -56,6 +80,9 @@ class Tracker(Protocol):
     def log_curves(self, curves: Mapping[str, Mapping[str, list]]) -> None:
         """Called with `RunRecord.curves`, {name: {step: [...], value: [...]}}."""
 
+    def log_samples(self, rows: list[dict[str, Any]]) -> None:
+        """Called with `changed_samples`, dictionaries with the keys SAMPLE_COLUMNS."""
+
     def finish(self, record: RunRecord | None = None, results: Path | None = None) -> None:
         """Called once at the end; without a record the run is marked as failed."""
 
@@ -67,6 +94,9 @@ class NullTracker:
         pass
 
     def log_curves(self, curves: Mapping[str, Mapping[str, list]]) -> None:
+        pass
+
+    def log_samples(self, rows: list[dict[str, Any]]) -> None:
         pass
 
     def finish(self, record: RunRecord | None = None, results: Path | None = None) -> None:
@@ -104,6 +134,10 @@ class WandbTracker:
         if self._run is not None:
             self._guard("could not log the curves", lambda: _log_curves(self._run, curves))
 
+    def log_samples(self, rows: list[dict[str, Any]]) -> None:
+        if self._run is not None:
+            self._guard("could not log the samples", lambda: _log_samples(self._run, rows))
+
     def finish(self, record: RunRecord | None = None, results: Path | None = None) -> None:
         if self._run is None:
             return
@@ -134,7 +168,7 @@ class WandbTracker:
             entity=self.entity,
             name=run.name,
             group=run.group,
-            job_type=run.job_type,
+            job_type=run.kind(),
             tags=list(dict.fromkeys([*run.tags(), *self.tags])),
             config=to_plain(redact({**run.config, "axes": run.axes})),
             dir=str(run.folder),
@@ -158,7 +192,7 @@ class WandbTracker:
                 action()
         except Exception as error:  # every failure of a copy is survivable
             text = " ".join(str(error).split()) or "no message"
-            logger.warning("W&B %s (%s: %s)", what, type(error).__name__, _without_secrets(text)[:300])
+            logger.warning("W&B %s (%s: %s)", what, type(error).__name__, without_secrets(text)[:300])
 
 
 # ---------------------------------------------------------------- mode and environment
@@ -216,7 +250,8 @@ def _quiet_environment(folder: Path) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _without_secrets(text: str) -> str:
+def without_secrets(text: str) -> str:
+    """`text` with the values of variables such as WANDB_API_KEY hidden."""
     for name, value in os.environ.items():
         if len(value) >= 8 and any(word in name.upper() for word in ("KEY", "TOKEN", "SECRET", "PASSWORD")):
             text = text.replace(value, "***")
@@ -227,10 +262,28 @@ def _without_secrets(text: str) -> str:
 
 
 def curve_key(name: str) -> tuple[str, str]:
-    """(W&B metric, its x metric) of a curve: ("denoise/kl_by_step", "denoise/step")."""
-    if is_by_mask_ratio(name):
-        return f"mask_ratio/{name}", "mask_ratio/block"
-    return f"denoise/{name}", "denoise/step"
+    """(W&B metric, its x metric) of a curve: ("denoise/kl_by_step", "denoise/step").
+
+    The end of the name decides: a denoising step, a block of the mask ratio (0 = most masked), or a block of
+    the transformer (0 = first). Curves of another name are over denoising steps.
+    """
+    prefix, x = next((found for end, found in _X.items() if name.endswith(end)), _X["_by_step"])
+    return f"{prefix}/{name}", x
+
+
+def metric_name(text: str) -> str:
+    """A task or metric in W&B's alphabet: "exact_match,strict-match" -> "exact_match_strict_match".
+
+    lm-eval's filter ",none" is left out, "@" is spelled ("pass@1" -> "pass_at_1"), and anything else that is
+    no letter, digit or underscore becomes an underscore (W&B's documentation: metric naming constraints).
+    """
+    spelled = text.removesuffix(",none").replace("@", "_at_")
+    return re.sub(r"\W+", "_", spelled, flags=re.ASCII).strip("_")
+
+
+def score_key(task: str, metric: str) -> str:
+    """The W&B metric of a score: "eval/mini_gsm/exact_match_strict_match"."""
+    return f"eval/{metric_name(task)}/{metric_name(metric)}"
 
 
 def _close(run: Any, exit_code: int) -> None:
@@ -255,12 +308,57 @@ def _log_curves(run: Any, curves: Mapping[str, Mapping[str, list]]) -> None:
         run.log(row)
 
 
+def changed_samples(record: RunRecord, results: Path, sweep: Path) -> list[dict[str, Any]]:
+    """Rows for `log_samples`: problems whose score differs from full precision's, lost ones first.
+
+    Args:
+        record: the run's.
+        results: where it lies, with the run's samples beside it.
+        sweep: the sweep's folder, with full precision's record and samples.
+
+    Returns:
+        At most MAX_SAMPLES rows, the tasks by turns; none where one side left no samples, or cannot be read.
+    """
+    if not (sweep / BASELINE).is_file():
+        return []
+    place = results.relative_to(sweep).as_posix()
+    try:
+        pair = Sweep(sweep.name, (record,), load_record(sweep / BASELINE), failed=(), paths=(place,))
+        found = changed_answers(pair, sweep, MAX_SAMPLES, MAX_SAMPLES)
+    except ValueError as error:
+        logger.warning("no changed samples for W&B: %s", error)
+        return []
+    return [
+        {
+            "task": change.task,
+            "problem": change.problem,
+            "prompt": change.prompt,
+            "target": change.target,
+            "full_precision": change.before.response,
+            "quantized": change.after.response,
+            "correct_before": change.before.value == 1,
+            "correct_after": change.after.value == 1,
+        }
+        for run in found
+        for change in run.shown
+    ]
+
+
+def _log_samples(run: Any, rows: list[dict[str, Any]]) -> None:
+    import wandb
+
+    kinds = [bool if name.startswith("correct") else str for name in SAMPLE_COLUMNS]  # W&B: one a column
+    columns = list(zip(SAMPLE_COLUMNS, kinds, strict=True))
+    data = [[kind(row[name]) for name, kind in columns] for row in rows[:MAX_SAMPLES]]
+    run.log({SAMPLES: wandb.Table(columns=list(SAMPLE_COLUMNS), data=data)})
+
+
 def summary(record: RunRecord) -> dict[str, Any]:
     """Flat summary values, nulls left out: eval/<task>/<metric>, fidelity/<name>, cost/<name>."""
     flat: dict[str, Any] = {}
     for task, metrics in record.scores.items():
         for metric, estimate in metrics.items():
-            flat |= _estimate(f"eval/{task}/{metric}", estimate)
+            flat |= _estimate(score_key(task, metric), estimate)
     for name, estimate in record.fidelity.items():
         flat |= _estimate(f"fidelity/{name}", estimate)
     flat |= {f"cost/{name}": value for name, value in record.cost.items()}

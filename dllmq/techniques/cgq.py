@@ -82,5 +82,10 @@ class CGQ:
         """Where scores must be recorded: `model` needs those of decoded tokens too."""
         return "all" if self.unmasked_confidence == "model" else "masked"
 
+    @property
+    def constant_without_masks(self) -> bool:
+        """Whether every token of fully visible text weighs the same."""
+        return self.unmasked_confidence == "zero"
+
     def __call__(self, state: CalibrationState) -> Float[Tensor, "B L"]:
         return token_weights(state.masked, state.score, **vars(self))

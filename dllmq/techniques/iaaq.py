@@ -32,7 +32,22 @@ from torch import Tensor
 from dllmq.calibration.values import MinMax
 from dllmq.numerics import Grid, Params
 
-ALPHAS = tuple(1 - i / 100 for i in range(21))  # 1.00, 0.99, ... 0.80
+
+def alpha_grid(lowest: float = 0.8, step: float = 0.01) -> tuple[float, ...]:
+    """1, 1 - step, ... down to `lowest`.
+
+    Raises:
+        ValueError: lowest outside (0, 1], or step outside (0, 1].
+    """
+    if not 0 < lowest <= 1 or not 0 < step <= 1:
+        raise ValueError(
+            f"iaaq_alpha_min={lowest} and iaaq_alpha_step={step}: both must lie in (0, 1]; the paper's range "
+            "is 1.0 down to 0.8."
+        )
+    return tuple(round(1 - i * step, 10) for i in range(int((1 - lowest) / step + 1e-9) + 1))
+
+
+ALPHAS = alpha_grid()  # 1.00, 0.99, ... 0.80
 
 
 class ValueScaleSearch(NamedTuple):
@@ -62,8 +77,8 @@ class IAAQ(MinMax):
         s, z = super().result()
         return Params(s * alpha, z)
 
-    def accumulate(self, V: Float[Tensor, "B kv L h"], P: Float[Tensor, "B heads Q L"]) -> None:
-        """Adds the losses of one batch of states for every alpha."""
+    def accumulate(self, V: Float[Tensor, "B kv L h"], P: Float[Tensor, "B heads Q L"] | None) -> None:
+        """Adds the losses of one batch of states for every alpha. V is 0 at pads, P in the rows of pads."""
         values = V.float()
         batch = torch.stack(
             [self._group(self._squared(self._error(values, self.at(a)), P)) for a in self.alphas], -1
@@ -83,14 +98,24 @@ class IAAQ(MinMax):
         s, z = super().result()
         return Params(s * self.search().alpha.view_as(s).to(s), z)
 
+    def notes(self) -> dict[str, float]:
+        """Mean alpha, and the objective at it over the objective at alpha = 1."""
+        found = self.search()
+        start, best = found.losses[:, 0].sum(), found.losses.min(1).values.sum()
+        return {
+            "alpha_mean": float(found.alpha.mean()),
+            "loss_ratio": float(best / start) if start > 0 else 1.0,
+        }
+
     def _error(self, V: Float[Tensor, "B kv L h"], params: Params) -> Float[Tensor, "B kv L h"]:
         codes = torch.clamp(torch.round(V / params.scale) + params.zero, 0, 2**self.grid.bits - 1)
         return (codes - params.zero) * params.scale - V
 
     def _squared(
-        self, E: Float[Tensor, "B kv L h"], P: Float[Tensor, "B heads Q L"]
+        self, E: Float[Tensor, "B kv L h"], P: Float[Tensor, "B heads Q L"] | None
     ) -> Float[Tensor, "kv h"]:
         """sum over batch, queries and the query heads of each value head of (P E)^2."""
+        assert P is not None, "IA-AQ asked for the attention maps"
         maps = P.float().unflatten(1, (E.shape[1], -1))  # [B, kv, heads / kv, Q, L]
         mixed: Tensor = maps @ E[:, :, None]
         return mixed.double().pow(2).sum((0, 2, 3))
@@ -103,13 +128,14 @@ class IAAQ(MinMax):
 
 @dataclass
 class EqualWeightSearch(IAAQ):
-    """The same search with every token equal: || Deq(Q_s(V)) - V ||_F^2 over the tokens that are read."""
+    """The same search with every token equal, || Deq(Q_s(V)) - V ||_F^2: no map is read."""
+
+    needs: frozenset[str] = frozenset({"values"})
 
     def _squared(
-        self, E: Float[Tensor, "B kv L h"], P: Float[Tensor, "B heads Q L"]
+        self, E: Float[Tensor, "B kv L h"], P: Float[Tensor, "B heads Q L"] | None
     ) -> Float[Tensor, "kv h"]:
-        read = (P.sum((1, 2)) > 0)[:, None, :, None]  # pads are read by no query
-        return (E * read).double().pow(2).sum((0, 2))
+        return E.double().pow(2).sum((0, 2))  # 0 is on the grid, so pads add nothing
 
 
 def search_value_scale(

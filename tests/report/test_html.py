@@ -1,16 +1,23 @@
 """The page: complete, self-contained, safe against what records may hold."""
 
 import dataclasses
+import random
 import re
-import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import pytest
 
-from dllmq.report.figures import draw, to_svg, write_png
+from dllmq.report.figures import draw
 from dllmq.report.html import headline, render
 from dllmq.report.results import Sweep, load_sweep
-from tests.report.records_factory import baseline, cells, record, write_sweep
+from tests.report.records_factory import (
+    ablation,
+    baseline,
+    cells,
+    record,
+    write_samples,
+    write_sweep,
+)
 
 EVIL = '<script>alert("x")</script>\'"&</pre></style>'
 VOID = {"meta", "br", "path", "use", "rect"}
@@ -54,21 +61,23 @@ def page(sweep) -> str:
     return render(sweep)
 
 
-def test_the_page_is_well_formed_and_has_its_parts(page):
+def test_the_page_is_well_formed_and_has_its_parts(sweep, page):
     parsed = Page(page)
     assert parsed.open == []
-    assert parsed.tags.count("svg") == 5  # two curves, three tasks
-    assert parsed.tags.count("table") == 4
+    assert parsed.tags.count("svg") == len(draw(sweep)) == 10  # 3 scores, 4 effects, 3 curves
+    assert parsed.tags.count("table") == 5
     for title in (
         "Results",
-        "Effect of each switch",
-        "Figures",
+        "What each switch changes",
+        "Where the error arises",
         "Calibration",
         "Cost",
         "Failed runs",
         "Reproduce",
     ):
         assert f"<h2>{title}</h2>" in page
+        assert f'href="#part-{title.lower().replace(" ", "-")}"' in page
+    assert "Answers that changed" not in page  # no samples lie beside these records
     assert "python -m dllmq.run method=gptq tmas=true" in page
     assert "transformers 5.23.0" in page
 
@@ -81,7 +90,7 @@ def test_the_page_loads_nothing_and_is_small(page):
     assert not re.search(r"@import|url\((?!#)", page)
 
 
-def test_everything_from_a_record_is_escaped():
+def test_everything_from_a_record_or_a_sample_is_escaped(tmp_path):
     evil = dataclasses.replace(
         record("gptq", tmas=True),
         run_name=EVIL,
@@ -97,11 +106,17 @@ def test_everything_from_a_record_is_escaped():
         notes={EVIL: {EVIL: EVIL}},
         scores={EVIL: {EVIL: {"value": 0.5, "stderr": 0.1, "n": 3}}},
         per_problem={},
-        curves={f"kl_{EVIL}": {"step": [0, 1], "value": [0.1, 0.2]}},
+        curves={"kl_by_step": {"step": [0, 1], "value": [0.1, 0.2]}, EVIL: {"step": [0], "value": [1]}},
     )
+    other = record("awq", tmas=False)
+    for place, run in ((tmp_path, baseline()), (tmp_path / "awq", other)):
+        place.mkdir(exist_ok=True)
+        write_samples(place, run, text=EVIL)
     status = {"run_name": EVIL, "axes": {"method": EVIL}, "error": EVIL, "status": "failed"}
-    page = render(Sweep(EVIL, (evil, record("awq", tmas=False)), baseline(), (status,)))
+    paths = ("evil/results.json", "awq/results.json")
+    page = render(Sweep(EVIL, (evil, other), baseline(), (status,), paths), folder=tmp_path)
     parsed = Page(page)
+    assert parsed.tags.count("article") > 0
     assert parsed.open == []
     assert parsed.tags.count("script") == 1  # ours
     assert "<script>alert" not in page
@@ -118,50 +133,44 @@ def test_ids_are_unique_and_references_resolve(page):
     assert set(re.findall(r'(?:url\(|xlink:href=")#([^")]+)', page)) <= set(ids)
 
 
-def test_a_log_axis_has_plain_labels(tmp_path):
-    """Mathtext is off (text from records is never interpreted), so a label must not need it."""
-    steep = dataclasses.replace(
-        cells()[0], curves={"kl_by_step": {"step": [0, 1, 2], "value": [0.5, 0.01, 0.0001]}}
-    )
-    (step,) = (d for d in draw(Sweep("s", (steep,), None, ())) if d.name == "kl-by-step")
-    svg = to_svg(step)
-    assert "log scale" in svg and "mathdefault" not in svg
-    assert ">0.01<" in svg
-
-
-def test_figures_are_deterministic_valid_svg(sweep):
-    first, second = ([to_svg(d) for d in draw(sweep)] for _ in range(2))
-    assert first == second
-    for svg in first:
-        ET.fromstring(svg)
-        assert "<metadata" not in svg
-        assert "var(--" not in svg
-
-
-def test_figures_show_every_run_by_name(sweep):
-    step = to_svg(next(d for d in draw(sweep) if d.name == "kl-by-step"))
-    for name in ("awq", "awq +tmas", "gptq", "gptq +tmas"):
-        assert f">{name}<" in step
-
-
-def test_figures_are_left_out_where_nothing_was_measured():
-    bare = dataclasses.replace(record(), curves={}, scores={}, per_problem={})
-    assert draw(Sweep("s", (bare,), None, ())) == []
-
-
-def test_a_large_sweep_stays_under_the_limit():
-    runs = [record(m, tmas=a, cgq=b, iaaq=c, seed=s) for m in ("awq", "gptq") for a in (False, True)
-            for b in (False, True) for c in (False, True) for s in (0, 1, 2)]  # fmt: skip
-    page = render(Sweep("large", tuple(runs), baseline(), ()))
+def test_the_page_of_48_runs_and_three_tasks_stays_under_the_limit(tmp_path):
+    """Long curves, a line of notes per linear, answers longer than the page shows."""
+    reference, runs = ablation(tasks=("mini_gsm", "mini_code", "mini_choice"))
+    curve = {"step": list(range(512)), "value": [random.Random(s).random() for s in range(512)]}
+    notes = {"method": {f"blocks.{b}.{g}": {"dead_channels": 0.0} for b in range(32) for g in "qogd"}}
+    long = {f"{name}_by_step": curve for name in ("kl", "argmax_at_k", "hidden_error", "divergence")}
+    runs = [dataclasses.replace(r, notes=notes, curves=r.curves | long) for r in runs]
+    for place, run in ((tmp_path, reference), *((tmp_path / r.run_name, r) for r in runs)):
+        place.mkdir(exist_ok=True)
+        if run.seed == 0:
+            write_samples(place, run, text=" and so on" * 130)
+    paths = tuple(f"{r.run_name}/results.json" for r in runs)
+    page = render(Sweep("large", tuple(runs), reference, (), paths), folder=tmp_path)
     assert len(page.encode()) < 2_000_000
-    assert "The first 24 runs; 24 more are in the table." in page
-
-
-def test_png_for_a_readme(sweep, tmp_path):
-    path = write_png(draw(sweep)[0], tmp_path, dpi=60)
-    assert path.read_bytes().startswith(b"\x89PNG")
+    assert page.count("<article>") > 40
+    assert "Each point is the mean of 8 steps." in page
 
 
 def test_the_headline_says_what_was_run_without_a_verdict(sweep):
     assert headline(sweep).startswith("4 runs and 1 failed: awq and gptq at w3a4, with tmas on and off.")
     assert headline(Sweep("s", tuple(cells()[:1]), None, ())).startswith("1 run: awq at w3a4.")
+    _, runs = ablation(methods=("gptq",), seeds=(0, 1))
+    assert headline(Sweep("s", tuple(runs), None, ())).startswith(
+        "16 runs: gptq at w3a4, with tmas, cgq and iaaq on and off, 2 seeds each."
+    )
+
+
+def test_what_all_runs_share_is_printed_once_and_nothing_is_left_out():
+    runs = [
+        dataclasses.replace(r, config={"a": {"b": 1}, "c": [2, 3], "tmas": i}) for i, r in enumerate(cells())
+    ]
+    page = render(Sweep("s", tuple(runs), None, ()))
+    assert page.count("a.b: 1\nc: [2, 3]") == 1
+    for i, run in enumerate(runs):
+        assert page.count(f"tmas: {i}</pre>") == 1
+        assert page.count(f'<pre class="wrap">{run.command}</pre>') == 1
+
+
+def test_a_single_run_shows_its_whole_configuration():
+    run = dataclasses.replace(record(), config={"a": {"b": 1}})
+    assert "<pre>a.b: 1</pre>" in render(Sweep("s", (run,), None, ()))

@@ -2,18 +2,28 @@
 
 import dataclasses
 import io
+from html import unescape
 
 import pytest
 from rich.console import Console
 
-from dllmq.evaluation.statistics import paired_difference
 from dllmq.report.__main__ import main
 from dllmq.report.build import markdown, summary, write_report
-from dllmq.report.compare import delta, label, primary_metric, twin, varying_axes
+from dllmq.report.cells import delta_cell, p_text
+from dllmq.report.compare import Delta, delta, effects
+from dllmq.report.groups import label, primary_metric, varying_axes
 from dllmq.report.results import Sweep, load_sweep
 from dllmq.report.table import Cell, Column, Row, Table, to_html, to_markdown, to_rich
-from dllmq.report.tables import effects_table, first_line, kl_text, results_table
-from tests.report.records_factory import baseline, cells, record, write_sweep
+from dllmq.report.tables import (
+    cost_table,
+    effects_table,
+    first_line,
+    kl_text,
+    main_effects_table,
+    results_table,
+    sweep_tables,
+)
+from tests.report.records_factory import ablation, baseline, cells, record, with_prompts, write_sweep
 
 
 @pytest.fixture
@@ -32,6 +42,11 @@ def render(table: Table, width: int) -> str:
     return console.file.getvalue()
 
 
+def without(run, task: str):
+    scores, per_problem = ({t: v for t, v in d.items() if t != task} for d in (run.scores, run.per_problem))
+    return dataclasses.replace(run, scores=scores, per_problem=per_problem)
+
+
 def test_full_precision_comes_first_and_failed_runs_last(sweep):
     methods = column(results_table(sweep), "method")
     assert methods == ["full precision", "awq", "awq", "gptq", "gptq", "rtn"]
@@ -43,20 +58,12 @@ def test_scores_are_shown_with_error_and_n(sweep):
     assert column(results_table(sweep), "mini_gsm\nexact_match %")[1] == expected
 
 
-def test_no_delta_to_a_full_precision_of_other_settings(sweep):
-    own = dataclasses.replace(sweep.records[0], notes={"baseline": sweep.baseline.fingerprint})
-    other = dataclasses.replace(sweep.records[0], notes={"baseline": "of another model"})
-    assert delta(own, sweep.baseline, "mini_gsm", "exact_match") is not None
-    assert delta(other, sweep.baseline, "mini_gsm", "exact_match") is None
-    assert delta(other, sweep.records[1], "mini_gsm", "exact_match") is not None  # a twin is a twin
-
-
-def test_delta_to_full_precision_is_paired(sweep):
-    a, b = (r.per_problem["mini_gsm"]["exact_match"] for r in (sweep.records[0], sweep.baseline))
-    d = paired_difference(a, b)
-    shown = column(results_table(sweep), "mini_gsm\nΔ fp")
+def test_delta_to_full_precision_is_shown_with_interval_and_p(sweep):
+    d = delta(sweep.records[0], sweep.baseline, "mini_gsm", "exact_match")
+    shown = column(results_table(sweep), "mini_gsm\nΔ fp [95 %]")
     assert shown[0] == "–"
-    assert shown[1] == f"−{-100 * d.value:.1f} ± {100 * d.stderr:.1f}"
+    assert shown[1] == f"−{-100 * d.value:.1f} [−{-100 * d.low:.1f}, −{-100 * d.high:.1f}]"
+    assert column(results_table(sweep), "mini_gsm\np")[:2] == ["–", "<.001"]
 
 
 def test_the_effect_of_a_switch_is_the_difference_to_its_twin(sweep):
@@ -64,41 +71,53 @@ def test_the_effect_of_a_switch_is_the_difference_to_its_twin(sweep):
     assert column(table, "switch") == ["tmas", "tmas"]
     assert column(table, "added to") == ["awq", "gptq"]
     on, off = sweep.records[1], sweep.records[0]
-    d = paired_difference(*(r.per_problem["mini_gsm"]["exact_match"] for r in (on, off)))
-    assert column(table, "mini_gsm\nexact_match, points")[0] == f"{100 * d.value:+.1f} ± {100 * d.stderr:.1f}"
+    d = effects(sweep)[0].deltas["mini_gsm"]
+    assert d.value == pytest.approx(
+        on.scores["mini_gsm"]["exact_match"]["value"] - off.scores["mini_gsm"]["exact_match"]["value"]
+    )
+    assert column(table, "mini_gsm\nexact_match, points")[0].startswith(f"{100 * d.value:+.1f} [")
+    assert column(table, "mini_gsm\np (Holm)")[0] == f"{p_text(d.p)} ({p_text(d.p_holm)})"
+    assert any("Holm's correction for the 6 comparisons" in note for note in table.footnotes)
     kl = on.fidelity["kl"]["value"] / off.fidelity["kl"]["value"] - 1
     assert column(table, "KL\nchange %")[0] == f"{100 * kl:+.1f}".replace("-", "−")
+    assert column(table, "KL\nnats")[0].endswith(" u")  # these records have no KL per prompt
+    assert any(note.startswith("u: KL was not recorded per prompt") for note in table.footnotes)
 
 
-def test_a_twin_must_agree_in_every_other_axis():
-    runs = [record(tmas=a, cgq=b, seed=s) for a in (False, True) for b in (False, True) for s in (0, 1)]
-    sweep = Sweep("s", tuple(runs), None, ())
-    both = next(r for r in runs if r.axes["tmas"] and r.axes["cgq"] and r.axes["seed"] == 1)
-    assert twin(sweep, both, "tmas").axes == {**both.axes, "tmas": False}
-    assert twin(sweep, both, "cgq").axes == {**both.axes, "cgq": False}
-    assert twin(sweep, runs[0], "tmas") is None  # off already
-    assert twin(Sweep("s", (both,), None, ()), both, "tmas") is None  # missing
-    assert twin(Sweep("s", (*runs, *runs), None, ()), both, "tmas") is None  # not unique
-
-
-def test_without_common_problems_the_errors_add_in_squares(sweep):
+def test_a_difference_that_is_not_paired_is_marked(sweep):
     a = dataclasses.replace(sweep.records[0], per_problem={})
-    d = delta(a, sweep.baseline, "mini_gsm", "exact_match")
-    errors = [r.scores["mini_gsm"]["exact_match"]["stderr"] for r in (a, sweep.baseline)]
-    assert not d.paired
-    assert d.stderr == pytest.approx((errors[0] ** 2 + errors[1] ** 2) ** 0.5)
     changed = dataclasses.replace(sweep, records=(a, *sweep.records[1:]))
     table = results_table(changed)
-    assert column(table, "mini_gsm\nΔ fp")[1].endswith(" u")
+    assert column(table, "mini_gsm\nΔ fp [95 %]")[1].endswith(" u")
+    assert column(table, "mini_gsm\np")[1] == "–"
     assert any(note.startswith("u: not paired") for note in table.footnotes)
 
 
-def test_a_delta_is_coloured_only_beyond_two_standard_errors(sweep):
-    rows = results_table(sweep).rows
-    index = [c.title for c in results_table(sweep).columns].index("mini_choice\nΔ fp")
-    for record_, row in zip(sweep.records, rows[1:], strict=False):
-        d = delta(record_, sweep.baseline, "mini_choice", "acc")
-        assert (row.cells[index].tone == "worse") == (d.value < -2 * d.stderr)
+@pytest.mark.parametrize(
+    ("p", "p_holm", "value", "tone"),
+    [
+        (0.04, None, -0.1, "worse"),
+        (0.04, None, 0.1, "better"),
+        (0.05, None, 0.1, "muted"),
+        (0.01, 0.06, 0.1, "muted"),  # the corrected p decides
+    ],
+)
+def test_a_delta_is_coloured_by_its_p(p, p_holm, value, tone):
+    assert delta_cell(Delta(value, 0.01, p=p, p_holm=p_holm), "acc").tone == tone
+
+
+def test_an_interval_that_few_problems_make_is_doubted():
+    """Four problems lost and none won: the interval leaves out 0, but p is 1/8."""
+    run, reference = record("gptq", (0.7, 0.9, 0.75)), baseline()
+    values = {"mini_gsm": {"exact_match": [0.0] * 4 + [1.0] * 196}}
+    scores = {"mini_gsm": {"exact_match": {"value": 0.98, "stderr": 0.01, "n": 200}}}
+    run = dataclasses.replace(run, per_problem=values, scores=scores)
+    reference = dataclasses.replace(
+        reference, per_problem={"mini_gsm": {"exact_match": [1.0] * 200}}, scores=scores
+    )
+    table = results_table(Sweep("s", (run,), reference, ()))
+    assert column(table, "mini_gsm\np") == ["–", ".125"]
+    assert any("p decides" in note for note in table.footnotes)
 
 
 def test_only_axes_that_vary_and_bits_are_columns(sweep):
@@ -160,6 +179,76 @@ def test_labels_name_what_varies():
     assert label(axes, ["bits", "tmas"], without="tmas") == "gptq w4a4"
 
 
+# ---------------------------------------------------------------- seeds
+
+
+@pytest.fixture(scope="module")
+def seeds() -> Sweep:
+    reference, runs = ablation(methods=("awq", "gptq"), seeds=(0, 1, 2))
+    runs = [r for r in map(with_prompts, runs) if not r.axes["cgq"]]
+    runs = [dataclasses.replace(r, cost=r.cost | {"truncated_share": 0.02}) for r in runs]
+    return Sweep("seeds", tuple(runs), reference, ())
+
+
+def test_runs_that_differ_in_the_seed_share_a_row(seeds):
+    table = results_table(seeds)
+    assert len(seeds.records) == 24
+    assert len(table.rows) == 1 + 8
+    assert "seed" not in [c.title for c in table.columns]
+    shown = column(table, "mini_gsm\nexact_match %")
+    values = [r.scores["mini_gsm"]["exact_match"]["value"] for r in seeds.records[:3]]
+    assert shown[0].endswith("(200)") and shown[1].endswith("(200 x 3 seeds)")
+    assert shown[1].startswith(f"{100 * sum(values) / 3:.1f} ± ")
+    assert any(note.startswith("x seeds:") for note in table.footnotes)
+    assert len(cost_table(seeds).rows) == 1 + 8
+
+
+def test_every_measured_figure_has_its_column(seeds):
+    table = results_table(seeds)
+    assert column(table, "truncated\n% answers")[1] == "2.0"
+    assert column(table, "final\nagreement %")[1] != "–"
+    assert column(table, "argmax@k\n%")[1] != "–"
+
+
+def test_the_kl_of_a_switch_has_its_own_interval_and_correction(seeds):
+    table = effects_table(seeds)
+    assert column(table, "KL\nnats")[0].startswith("−0.0") and "[−0.0" in column(table, "KL\nnats")[0]
+    assert any("Holm's correction for the 16 comparisons of scores" in n for n in table.footnotes)
+    assert any("its own 8 comparisons" in n for n in table.footnotes)
+
+
+def test_average_effects_are_told_in_words(seeds):
+    table = main_effects_table(seeds)
+    shown = list(zip(*(column(table, c.title) for c in table.columns), strict=True))
+    assert [row[:4] for row in shown[:3]] == [
+        ("tmas", "all methods", "4", "mini_gsm, points"),
+        ("tmas", "all methods", "4", "mini_code, points"),
+        ("tmas", "all methods", "4", "KL, nats"),
+    ]
+    for *_, p, verdict in shown:
+        assert (verdict == "no difference shown") == (not p.startswith("<") and float(p) >= 0.05)
+    assert shown[2][-1] == "helps"  # a lower KL
+
+
+def test_no_average_over_one_pair(sweep):
+    one = dataclasses.replace(sweep, records=sweep.records[:2])
+    assert main_effects_table(one).rows == ()
+    assert [t.title for t in sweep_tables(one)] == ["Results", "Effect of each switch"]
+
+
+def test_the_seed_of_a_failed_run_is_named(seeds):
+    axes = {**seeds.records[0].axes, "seed": 3}
+    failed = ({"run_name": "x", "axes": axes, "error": "out of memory"},)
+    assert (
+        results_table(dataclasses.replace(seeds, failed=failed)).rows[-1].message == "seed 3: out of memory"
+    )
+
+
+@pytest.mark.parametrize(("p", "text"), [(0.00099, "<.001"), (0.0391, ".039"), (0.9996, "1"), (0.5, ".500")])
+def test_a_p_has_three_digits(p, text):
+    assert p_text(p) == text
+
+
 # ---------------------------------------------------------------- renderings
 
 
@@ -177,9 +266,15 @@ def test_the_terminal_never_cuts_or_wraps_a_cell(sweep, width):
     assert len(rows) == 6
 
 
-def test_at_120_columns_the_demo_keeps_every_column(sweep):
-    text = render(results_table(sweep), 120)
-    assert "Left out" not in text
+def test_at_120_columns_the_demo_keeps_scores_intervals_and_kl(sweep):
+    two = dataclasses.replace(
+        sweep,
+        baseline=without(sweep.baseline, "mini_choice"),
+        records=tuple(without(r, "mini_choice") for r in sweep.records),
+    )
+    text = render(results_table(two), 120)
+    assert "Left out to fit 120 columns: quantized % params, time s." in text
+    assert text.count("Δ fp [95 %]") == 2
     assert "0.0823" in text
     assert "failed: rtn w3a4 +tmas: SingularHessianError" in text
 
@@ -190,7 +285,7 @@ def test_columns_left_out_are_named(sweep):
 
 def test_every_rendering_shows_the_same_cells(sweep):
     table = results_table(sweep)
-    md, html, wide = to_markdown(table), to_html(table), render(table, 250)
+    md, html, wide = unescape(to_markdown(table)), unescape(to_html(table)), render(table, 250)
     for cell in (cell for row in table.rows for cell in row.cells):
         assert cell.full in md
         assert cell.text in html
@@ -228,11 +323,17 @@ def test_the_same_records_give_the_same_bytes(tmp_path):
 
 
 def test_summary_has_the_differences(sweep):
-    runs = summary(sweep)["runs"]
+    found = summary(sweep)
+    runs = found["runs"]
     assert runs[1]["delta_to_twin"]["tmas"]["mini_gsm"]["paired"] is True
     assert runs[0]["delta_to_twin"] == {}
     assert runs[0]["delta_to_full_precision"]["mini_gsm"]["value"] < 0
     assert runs[0]["results"] == "0/results.json"
+    keys = {"metric", "value", "stderr", "low", "high", "p", "p_holm", "n", "seeds"}
+    assert keys <= found["groups"][0]["delta_to_full_precision"]["mini_gsm"].keys()
+    assert keys <= found["effects"][0]["deltas"]["mini_gsm"].keys()
+    assert found["effects"][0]["deltas"]["mini_gsm"]["p_holm"] is not None
+    assert keys | {"toggle", "verdict"} <= found["main_effects"][0].keys()
 
 
 def test_a_single_run_without_reference_is_still_a_report(tmp_path):
@@ -245,7 +346,7 @@ def test_the_command_writes_and_prints(tmp_path, capsys):
     assert main([str(write_sweep(tmp_path)), "--png"]) == 0
     out = capsys.readouterr().out
     assert "Effect of each switch" in out
-    assert sorted(p.name for p in (tmp_path / "figures").iterdir())[0] == "kl-by-mask-ratio.png"
+    assert "kl-by-mask-ratio.png" in [p.name for p in (tmp_path / "figures").iterdir()]
 
 
 def test_the_command_fails_in_one_sentence(tmp_path, capsys):
