@@ -29,7 +29,7 @@ from dllmq.evaluation.divergence import measure_divergence
 from dllmq.evaluation.fidelity import Fidelity, FidelityReference, measure
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.tasks import EvalResult, evaluate
-from dllmq.full_precision import HELD_OUT_SEED, ForwardCounter, FullPrecision
+from dllmq.full_precision import HELD_OUT_SEED, Baseline, ForwardCounter, FullPrecision
 from dllmq.methods import FP
 from dllmq.models.loading import checkpoint_folder, load_model
 from dllmq.models.tokenizer import load_tokenizer
@@ -145,22 +145,26 @@ class Cell:
 
     def _compute(self) -> RunRecord:
         config, stages, forwards = self.config, self.stages, ForwardCounter()
+        inert = self.plan.recipe.inert()
+        for line in inert:
+            log.warning("no effect: %s", line)
         with stages("load"):
             model, tokenizer = self._load()
-        folder = Path(config.cache_dir) if config.cache_dir else self.sweep / ".shared"
+        folder = Path(config.cache_dir).expanduser() if config.cache_dir else self.sweep / ".shared"
         shared = FullPrecision(self.plan, Cache(folder), model, tokenizer, self.progress)
         with forwards.watching(model):
             baseline = self._baseline(shared)
             if isinstance(self.plan.recipe.method, FP):
                 return replace(baseline, axes=config.axes(), run_name=self.name, config=config.plain(),
-                               fingerprint=self.key, command=self.command)  # fmt: skip
+                               fingerprint=self.key, command=self.command, inert=inert)  # fmt: skip
             with stages("calibrate"):
                 prompts = shared.prompts()
                 states = shared.states(prompts)
             reference = None
             if config.eval.fidelity_states:
                 with stages("reference"):
-                    reference = Reference(*shared.held_out(), shared.reference())
+                    held_out = shared.held_out()
+                    reference = Reference(*held_out, shared.reference(*held_out))
         recorded = stages.cost["calibrate_s"]
         with stages("quantize"):
             report = quantize(model, prompts, self.plan.recipe, None, self.progress, states)
@@ -168,19 +172,14 @@ class Cell:
         stages.cost["calibrate_s"] = recorded + report.seconds["calibrate_s"]  # type: ignore[operator]
         stages.cost["fp_forwards"] = forwards.count
         self.backend = set_backend(model, config.backend)
-        inert = self.plan.recipe.inert()
-        for line in inert:
-            log.warning("no effect: %s", line)
         record, result = self._measure(model, tokenizer, reference, report, inert)
         _write_samples(result.samples, self.folder)
         return replace(record, notes=record.notes | {"shared": {"read": shared.hits, "made": shared.made}})
 
     def _load(self) -> tuple[Any, Any]:
-        config = self.config
-        auto = "float32" if config.embedded else "bfloat16"
-        dtype = getattr(torch, auto if config.model.dtype == "auto" else config.model.dtype)
-        folder = checkpoint_folder(config.model_path)
-        return load_model(folder, self.plan.device, dtype), load_tokenizer(folder)
+        folder = checkpoint_folder(self.config.model_path)
+        model = load_model(folder, self.plan.device, getattr(torch, self.config.dtype()))
+        return model, load_tokenizer(folder)
 
     def _baseline(self, shared: FullPrecision) -> RunRecord:
         """Full precision's record: the sweep's, or the cache's, or measured here."""
@@ -193,12 +192,11 @@ class Cell:
             except ValueError as error:
                 log.warning("%s: not readable (%s); full precision is looked up again", file, error)
         found = shared.baseline(self.fp_key, lambda: self._measure_full_precision(shared))
-        _write_samples(found["samples"], self.sweep)
-        record = RunRecord(**found["record"])
-        write_json_atomic(file, record)
-        return record
+        _write_samples(found.samples, self.sweep)
+        write_json_atomic(file, found.record)
+        return found.record
 
-    def _measure_full_precision(self, shared: FullPrecision) -> dict[str, Any]:
+    def _measure_full_precision(self, shared: FullPrecision) -> Baseline:
         log.info("full precision: measured once")
         stages, self.stages = self.stages, Stages(self.plan.device)
         model = shared.model
@@ -208,7 +206,7 @@ class Cell:
         record = replace(record, run_name="full precision", fingerprint=self.fp_key,
                          config=reference.plain(), seed=reference.seed, axes=reference.axes())  # fmt: skip
         self.stages = stages
-        return to_plain({"record": record.to_json(), "samples": result.samples})
+        return Baseline(RunRecord(**record.to_json()), to_plain(result.samples))
 
     def _measure(
         self,
@@ -300,8 +298,7 @@ def eval_settings(config: RunConfig, plan: Plan) -> EvalSettings:
 def _reference_config(config: RunConfig) -> RunConfig:
     """What full precision's numbers depend on: everything that only concerns quantization at its default."""
     plain = RunConfig()
-    unused = ("states", "num_states", "shares")
-    calibration = replace(config.calibration, **{name: getattr(plain.calibration, name) for name in unused})
+    fidelity = {name: getattr(plain.eval, name) for name in ("fidelity_states", "fidelity_prompts")}
     return replace(
         config.full_precision(),
         group_size=plain.group_size, act_group_size=plain.act_group_size,
@@ -310,7 +307,7 @@ def _reference_config(config: RunConfig) -> RunConfig:
         cgq_unmasked=plain.cgq_unmasked, cgq_masked=plain.cgq_masked,
         cgq_unmasked_confidence=plain.cgq_unmasked_confidence,
         iaaq_alpha_min=plain.iaaq_alpha_min, iaaq_alpha_step=plain.iaaq_alpha_step,
-        backend=plain.backend, seed=0, calibration=calibration,
+        backend=plain.backend, seed=0, calibration=plain.calibration, eval=replace(config.eval, **fidelity),
     )  # fmt: skip
 
 

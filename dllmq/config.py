@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from dllmq.calibration.prompts import read_prompts
 from dllmq.calibration.states import CleanText, RandomMask, StateSampler, UniformTrajectory
 from dllmq.calibration.values import MinMax, ValueScale
 from dllmq.diffusion import SamplerConfig
+from dllmq.kernels import cpu_int8
+from dllmq.methods import FP
 from dllmq.models.linear import BACKENDS
 from dllmq.numerics import Grid
 from dllmq.recipe import FULL_PRECISION_BITS, AttentionGrids, Bits, Recipe, TokenWeight, uniform_weight
@@ -149,6 +151,12 @@ class RunConfig:
         own_checkpoint = self.model.name == "mini" and not self.embedded
         return Bits.parse("w4a4" if own_checkpoint else self.model.default_bits)
 
+    def dtype(self) -> str:
+        """`model.dtype`, auto resolved: float32 for the embedded model, bfloat16 otherwise."""
+        if self.model.dtype != "auto":
+            return self.model.dtype
+        return "float32" if self.embedded else "bfloat16"
+
     def mc_num(self) -> int:
         """Monte-Carlo samples of a likelihood."""
         if self.eval.mc_num == "auto":
@@ -188,17 +196,15 @@ class RunConfig:
         quantized = bits.activation != FULL_PRECISION_BITS
         inputs = Grid(bits.activation, self.act_group_size, self.act_symmetric) if quantized else None
         name, value_scale = self.value_scale_of()
-        weight = self.token_weight()
         return Recipe(
             method=build("method", self.method),
             weights=Grid(bits.weight, self.group_size, self.symmetric),
             inputs=inputs,
             attention=AttentionGrids.parse(self.attn_bits, bits.activation),
             states=self.states(),
-            token_weight=weight,
+            token_weight=self.token_weight(),
             value_scale=value_scale,
             value_scale_name=name,
-            observe=getattr(weight, "observe", "masked"),
             num_states=self.calibration.num_states,
             batch_size=self.calibration.batch_size,
             sampler=self.sampler_config(),
@@ -376,7 +382,7 @@ def check_cell(cfg: DictConfig) -> Plan:
     check_code_execution(config.tasks.names, config.eval.allow_code_execution)
     choose("model.dtype", config.model.dtype, dict.fromkeys(DTYPES))
     choose("backend", config.backend, dict.fromkeys(BACKENDS))
-    _check_calibration(config)
+    _check_calibration(config, recipe)
     device = device_of(config)
     if config.dry_run and config.model.path is not None and is_hub_id(config.model.path):
         return Plan(config, recipe, device, 0)  # a dry run downloads nothing
@@ -384,6 +390,7 @@ def check_cell(cfg: DictConfig) -> Plan:
     model = skeleton(*read_config(folder))
     check_tensors(weight_files(folder), {name: p.shape for name, p in model.state_dict().items()})
     check_group_sizes(model, recipe)
+    _check_backend(config, recipe, device, model)
     return Plan(config, recipe, device, sum(p.numel() for p in model.parameters()))
 
 
@@ -417,9 +424,15 @@ def _check_ranges(config: RunConfig) -> None:
         )
 
 
-def _check_calibration(config: RunConfig) -> None:
-    """Enough prompts in the user's file, and enough states for TMAS, which takes none twice."""
+def _check_calibration(config: RunConfig, recipe: Recipe) -> None:
+    """Tokens that weigh, enough prompts in the file, and enough states for TMAS, which takes none twice."""
     c = config.calibration
+    weightless = isinstance(recipe.token_weight, CGQ) and recipe.token_weight.weightless_without_masks
+    if weightless and recipe.states.name == "clean" and recipe.method.needs:
+        raise ValueError(
+            "cgq_unmasked=0 weighs every token of clean text 0: calibrate on masked states (tmas=true, or "
+            "calibration.states=random_mask or uniform), or give a positive cgq_unmasked."
+        )
     if c.data is not None:
         if not Path(c.data).is_file():
             raise ValueError(f"calibration.data={c.data} is not a file; give a JSONL file, or null.")
@@ -429,6 +442,21 @@ def _check_calibration(config: RunConfig) -> None:
         raise ValueError(
             f"calibration.num_states={c.num_states}, but {c.num_prompts} prompts of {steps} steps have "
             f"{c.num_prompts * steps} states: ask for fewer, or raise calibration.num_prompts."
+        )
+
+
+def _check_backend(config: RunConfig, recipe: Recipe, device: str, model: Any) -> None:
+    """Whether the packed backend, where it is asked for, takes every linear of the model."""
+    if config.backend != "packed" or isinstance(recipe.method, FP):
+        return
+    assert recipe.weights is not None
+    names = [name for row in model.topology.groups for name in row.linears]
+    sizes = {getattr(model.blocks[0], name).weight.shape[1] for name in names}
+    fits = all(cpu_int8.supports(recipe.weights, recipe.inputs, I) for I in sizes)
+    if device != "cpu" or not fits or not cpu_int8.is_exact():
+        raise ValueError(
+            "backend=packed needs device=cpu with an exact int8 product, quantized inputs (not a16), "
+            "act_group_size=-1 and group_size=-1 or 0; use backend=fake or auto."
         )
 
 
@@ -475,7 +503,7 @@ def fingerprint(config: RunConfig, device: str) -> str:
 
 
 def identity(config: RunConfig, device: str) -> dict[str, Any]:
-    """What any forward of the full-precision model depends on: weights, tokenizer, code, machine, dtype."""
+    """What any forward of the full-precision model depends on: weights, tokenizer, dtype, code, device."""
     import torch
 
     from dllmq.models.loading import checkpoint_folder
@@ -483,7 +511,7 @@ def identity(config: RunConfig, device: str) -> dict[str, Any]:
     folder = checkpoint_folder(config.model_path)
     return {
         "weights": {p.name: file_digest(p) for p in sorted(folder.iterdir()) if p.suffix in READ},
-        "dtype": config.model.dtype,
+        "dtype": config.dtype(),
         "chat_template": config.model.chat_template,
         "code": code_digest(),
         "device": device,
@@ -503,8 +531,12 @@ def file_digest(path: Path, whole_below: int = 2**26) -> str:
     return digest.hexdigest()
 
 
+@cache
 def code_digest() -> str:
-    """sha256 of the source files that numbers come from (not the report's)."""
+    """sha256 of the source files that numbers come from (not the report's), as they were when first asked.
+
+    A file that is edited while a sweep runs does not change the code that runs.
+    """
     package = Path(__file__).parent
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*")):
@@ -534,7 +566,7 @@ def slug(text: str, limit: int = 100) -> str:
 def sweep_folder(overrides: list[str]) -> str:
     """outputs/<name>, or outputs/<the overrides> so that the same command finds its folder again."""
     named = [o.partition("=")[2] for o in overrides if o.startswith("name=")]
-    ignored = ("name=", "resume=", "dry_run=", "threads=", "hydra.")
+    ignored = ("name=", "resume=", "dry_run=", "threads=", "cache_dir=", "hydra.")
     text = "_".join(o for o in overrides if not o.startswith(ignored))
     experiment = [o.partition("=")[2] for o in overrides if o.startswith(("experiment=", "+experiment="))]
     if not named and experiment and len([o for o in overrides if not o.startswith(ignored)]) == 1:

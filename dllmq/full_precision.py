@@ -7,7 +7,7 @@ of the same model share them; a cell that finds all of them there makes no full-
     states         the calibration set                 the trajectories', and how states are drawn
     held_out       trajectories of held-out prompts    prompts, sampler, batch size
     reference      predictions on their states         the held-out trajectories', and how many
-    baseline       full precision's record             the whole configuration but for quantization
+    baseline       full precision's record, answers    tasks, sampler and everything else about evaluation
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from dllmq.evaluation import fidelity
 from dllmq.mini.splits import Split
 from dllmq.mini.tasks import problems
 from dllmq.pipeline import calibration_states
+from dllmq.report.results import RunRecord
 
 Progress = Callable[[int, int, str], None]
 _TRAJECTORY = ("tokens", "masked", "score", "committed", "step", "final")
@@ -53,6 +55,14 @@ class ForwardCounter:
             yield
         finally:
             handle.remove()
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Full precision's record, and its answers by task."""
+
+    record: RunRecord
+    samples: dict[str, list[dict[str, Any]]]
 
 
 @dataclass
@@ -111,14 +121,13 @@ class FullPrecision:
         """Held-out prompts and full precision's runs on them."""
         prompts = self.prompts(held_out=True)
         parts = self._of_prompts(prompts, HELD_OUT_SEED) | {"observe": "committable"}
-        return prompts, self._recorded("trajectories", parts, prompts, HELD_OUT_SEED, "committable")
+        return prompts, self._recorded("held_out", parts, prompts, HELD_OUT_SEED, "committable")
 
-    def reference(self) -> fidelity.FidelityReference:
-        """Full precision's predictions on states of the held-out runs."""
+    def reference(self, prompts: list[Tensor], trajectories: list[Trajectory]) -> fidelity.FidelityReference:
+        """Full precision's predictions on states of its runs on the held-out prompts."""
         config = self.plan.config
         batch, count = config.calibration.batch_size, config.eval.fidelity_states
         positions = None if self.model.config.logit_size <= 4096 else 16
-        prompts, trajectories = self.held_out()
         parts = self._of_prompts(prompts, HELD_OUT_SEED) | {"states": count, "positions": positions}
         sampler = self.plan.recipe.sampler
 
@@ -129,9 +138,13 @@ class FullPrecision:
 
         return self._get("reference", parts, make, fidelity.save_reference, fidelity.load_reference)
 
-    def baseline(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Full precision's record and answers, as JSON; `key` is the fingerprint of its configuration."""
-        return self._get("baseline", {"fingerprint": key}, make, save_json, load_json)
+    def baseline(self, key: str, make: Callable[[], Baseline]) -> Baseline:
+        """`make()`, or what it gave before; `key` is the fingerprint of full precision's configuration."""
+        return self._get("baseline", {"fingerprint": key}, make, _save_baseline, _load_baseline)
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        return identity(self.plan.config, self.plan.device)
 
     def _of_prompts(self, prompts: list[Tensor], seed: int) -> dict[str, Any]:
         """What every forward on these prompts depends on."""
@@ -139,7 +152,7 @@ class FullPrecision:
         digest = hashlib.sha256(repr([p.tolist() for p in prompts]).encode()).hexdigest()
         sampler = asdict(recipe.sampler)
         own = {"prompts": digest, "sampler": sampler, "batch_size": recipe.batch_size, "seed": seed}
-        return identity(self.plan.config, self.plan.device) | own
+        return self._identity | own
 
     def _recorded(
         self, kind: str, parts: dict[str, Any], prompts: list[Tensor], seed: int, observe: str
@@ -169,6 +182,16 @@ def _generated_prompts(split: Split, count: int, seed: int) -> list[str]:
     pairs = zip(words, code, strict=True)
     texts = [text for w, c in pairs for text in (f"Question: {w['question']}\nAnswer:", c["prompt"])]
     return texts[:count]
+
+
+def _save_baseline(baseline: Baseline, path: Path) -> None:
+    save_json({"record": baseline.record.to_json(), "samples": baseline.samples}, path)
+
+
+def _load_baseline(path: Path) -> Baseline:
+    """A record with other fields (of another version) is refused, so it is measured again."""
+    found = load_json(path)
+    return Baseline(RunRecord(**found["record"]), found["samples"])
 
 
 def _save_trajectories(trajectories: list[Trajectory], path: Path) -> None:

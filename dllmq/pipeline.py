@@ -14,23 +14,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dllmq.calibration.observe import attention_product, group_input
+from dllmq.calibration.observe import AttentionInputs, attention_inputs, group_input
 from dllmq.calibration.states import CalibrationState, Trajectory, describe, draw_states, record_trajectories
 from dllmq.calibration.stats import GroupStats, StatsCollector
 from dllmq.kernels import cpu_int8
 from dllmq.methods import FP
 from dllmq.methods.base import GroupUpdate
-from dllmq.models.attention import QuantizedProduct, quantize_map
+from dllmq.models.attention import (
+    QuantizedProduct,
+    attention_maps,
+    quantize_map,
+    quantize_queries_keys,
+)
 from dllmq.models.base import Block, BlockContext, GroupRow, absorb_scale, linear_group
 from dllmq.models.linear import InputQuantizer, QuantLinear
-from dllmq.numerics import Grid
 from dllmq.recipe import AttentionGrids, Recipe
 
 log = logging.getLogger(__name__)
@@ -155,16 +159,18 @@ def set_backend(model: Any, backend: str) -> str:
         return ""
     unfit = [name for name, linear in linears.items() if not linear.can_pack()]
     if backend == "packed" and (unfit or not cpu_int8.is_exact()):
-        why = f"{unfit[0]} has other grids or is not on the CPU" if unfit else "this processor saturates"
+        why = "this processor saturates"
+        if unfit:
+            why = f"{unfit[0]} has other grids or sizes, or is not on the CPU"
         raise ValueError(
             "backend=packed needs a CPU, quantized inputs, one scale per token and per output channel; "
             f"{why}. Use backend=fake or auto."
         )
-    if backend == "fake" or unfit or (backend == "auto" and not (cpu_int8.is_fast() and cpu_int8.is_exact())):
-        return "fake"
+    worth_it = not unfit and cpu_int8.is_fast() and cpu_int8.is_exact()
+    packed = backend == "packed" or (backend == "auto" and worth_it)
     for linear in linears.values():
-        linear.pack()
-    return "packed"
+        linear.pack() if packed else linear.unpack()
+    return "packed" if packed else "fake"
 
 
 @torch.no_grad()
@@ -218,22 +224,30 @@ def _settle_product(block: Block, batches: list[_Batch], recipe: Recipe) -> dict
     if grids.V is not None:
         scale = recipe.value_scale(grids.V)
         for b in batches:
-            V, _ = attention_product(block, b.x, b.ctx, maps=False)
-            scale.range(V.transpose(1, 2)[b.valid])
+            scale.range(attention_inputs(block, b.x, b.ctx).V.transpose(1, 2)[b.valid])
         for b in batches if scale.needs else ():
-            V, P = attention_product(block, b.x, b.ctx, maps="maps" in scale.needs, qk_grid=grids.QK)
-            read = None if P is None else _read_map(P, grids.P, b.valid)
-            scale.accumulate(V.masked_fill(~b.valid[:, None, :, None], 0.0), read)
+            inputs = attention_inputs(block, b.x, b.ctx)
+            V = inputs.V.masked_fill(~b.valid[:, None, :, None], 0.0)
+            for P in _read_maps(inputs, grids, b.valid) if "maps" in scale.needs else (None,):
+                scale.accumulate(V, P)
         params = scale.result()
         notes = scale.notes()
     block.product = QuantizedProduct(grids.P, grids.V, params, grids.QK)
     return notes
 
 
-def _read_map(P: Tensor, grid: Grid | None, valid: Tensor) -> Tensor:
-    """P as the quantized product will have it; rows of pad queries are 0, so that no loss counts them."""
-    P = P if grid is None else quantize_map(P, grid)
-    return P.masked_fill(~valid[:, None, :, None], 0.0)  # [B, heads, Q, L]
+def _read_maps(inputs: AttentionInputs, grids: AttentionGrids, valid: Tensor) -> Iterator[Tensor]:
+    """P as the quantized product will have it, in pieces [B, heads, q, L] of the queries.
+
+    Rows of pad queries are 0, so that no loss counts them.
+    """
+    Q, K = quantize_queries_keys(inputs.Q, inputs.K, grids.QK)
+    start = 0
+    for P in attention_maps(Q, K, inputs.bias):
+        stop = start + P.shape[2]
+        P = P if grids.P is None else quantize_map(P, grids.P)
+        yield P.masked_fill(~valid[:, None, start:stop, None], 0.0)
+        start = stop
 
 
 def _apply(block: Block, row: GroupRow, update: GroupUpdate, recipe: Recipe, dtype: torch.dtype) -> None:

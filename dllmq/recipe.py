@@ -106,11 +106,11 @@ class Recipe:
     Attributes:
         method: the baseline; weights: grid of the block linears' weights; inputs: of their inputs, None at
             a16.
-        attention: grids of P and V.
+        attention: grids of P, V and Q K.
         states: which states calibrate; token_weight, value_scale: the two other seams; value_scale_name: for
             records ("minmax", "iaaq", "mse").
         num_states: calibration sequences; batch_size: sequences a forward.
-        sampler: of the full-precision trajectories; observe: where scores are recorded ("masked" or "all").
+        sampler: of the full-precision trajectories.
     """
 
     method: Method
@@ -124,8 +124,13 @@ class Recipe:
     num_states: int = 128
     batch_size: int = 16
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    observe: str = "masked"
     seed: int = 0
+
+    @property
+    def observe(self) -> str:
+        """Where scores are recorded: "masked", or "all" where the token weight reads decoded tokens' too."""
+        observe: str = getattr(self.token_weight, "observe", "masked")
+        return observe
 
     def inert(self) -> list[str]:
         """Switches without effect in this combination, each with its reason: "tmas: ..."."""

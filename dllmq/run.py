@@ -105,9 +105,11 @@ def describe(plan: Plan, name: str) -> str:
         f"  weights      {recipe.weights}",
         f"  inputs       {recipe.inputs or 'full precision'}",
         f"  attention P  {recipe.attention.P or 'full precision'}",
-        f"  attention V  {recipe.attention.V or 'full precision'}",
+        f"  attention V  {recipe.attention.V or 'full precision'}, {recipe.value_scale_name}",
+        f"  attention QK {recipe.attention.QK or 'full precision'}",
         f"  calibration  {recipe.states.name}, {recipe.num_states} sequences from "
         f"{config.calibration.num_prompts} prompts",
+        f"  token weight {recipe.token_weight if config.cgq else 'every token alike'}",
         f"  tasks        {', '.join(config.tasks.names)}, {config.eval.limit or 'all'} problems each",
         *(f"  no effect    {line}" for line in recipe.inert()),
     ]

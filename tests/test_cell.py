@@ -1,34 +1,28 @@
-"""Parts of a cell: cost by stage, files shared in a sweep, what is run again and what is not."""
+"""Parts of a cell: cost by stage, full precision's record, what is run again and what is not."""
 
+import json
 import logging
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from composed import composed
+from tiny_llada import tiny_model
 
 import dllmq.cell
-from dllmq.calibration.states import Trajectory
-from dllmq.cell import (
-    Cell,
-    Stages,
-    _difference,
-    _generated_prompts,
-    _reference_config,
-    eval_settings,
-    read_trajectories,
-    write_trajectories,
-)
-from dllmq.config import Plan, check_cell, load
+from dllmq.cache import Cache
+from dllmq.cell import Cell, Stages, _difference, _reference_config, eval_settings
+from dllmq.config import Plan, RunConfig, check_cell, load
+from dllmq.evaluation.tasks import EvalResult
+from dllmq.full_precision import FullPrecision
 from dllmq.methods import FP
 from dllmq.report.results import BASELINE, RESULTS, STATUS, RunRecord, write_json_atomic
 
 
 def plan(*overrides: str) -> Plan:
-    with initialize_config_module("dllmq.conf", version_base="1.3"):
-        return check_cell(compose("config", overrides=["tracker=none", *overrides]))
+    return check_cell(composed("tracker=none", *overrides))
 
 
 def cell(folder: Path, *overrides: str) -> Cell:
@@ -73,66 +67,23 @@ def test_a_stage_that_fails_is_not_a_measurement() -> None:
     assert stages.cost == {}
 
 
-def test_generated_prompts_take_turns_and_do_not_depend_on_the_count() -> None:
-    texts = _generated_prompts("train", 7, seed=3)
-    assert [t.startswith("Question: ") for t in texts] == [True, False] * 3 + [True]
-    assert all(t.endswith("\nAnswer:") or t.endswith('"""\n') for t in texts)
-    assert texts[:4] == _generated_prompts("train", 4, seed=3)
-    assert not set(texts) & set(_generated_prompts("dev", 7, seed=3))
-    assert texts != _generated_prompts("train", 7, seed=4)
-
-
-# ------------------------------------------------------------------ files
-
-
-def trajectory(steps: int, prompt: int, generator: torch.Generator) -> Trajectory:
-    L = prompt + 4
-    return Trajectory(
-        tokens=torch.randint(9, (steps, L), generator=generator),
-        masked=torch.rand(steps, L, generator=generator) < 0.5,
-        score=torch.rand(steps, L, generator=generator),
-        committed=torch.rand(steps, L, generator=generator) < 0.5,
-        step=torch.arange(steps) * 2,
-        final=torch.randint(9, (L,), generator=generator),
-        prompt_length=prompt,
-        num_steps=2 * steps,
-    )
-
-
-def test_trajectories_make_the_round_trip(tmp_path: Path, generator: torch.Generator) -> None:
-    # more than ten: read back in the order of their numbers, not of their names
-    written = [trajectory(2 + i % 3, 1 + i, generator) for i in range(12)]
-    for t in written:
-        object.__setattr__(t, "num_steps", 10)
-    write_trajectories(written, tmp_path / "deep" / "t.safetensors")
-    read = read_trajectories(tmp_path / "deep" / "t.safetensors", 10)
-    assert len(read) == 12
-    for a, b in zip(written, read, strict=True):
-        assert (a.prompt_length, a.num_steps) == (b.prompt_length, b.num_steps)
-        for name in ("tokens", "masked", "score", "committed", "step", "final"):
-            assert torch.equal(getattr(a, name), getattr(b, name))
-    assert [f.name for f in (tmp_path / "deep").iterdir()] == ["t.safetensors"]
-
-
-def test_shared_files_are_named_after_what_made_them(tmp_path: Path) -> None:
-    one, same, other = (
-        cell(tmp_path, *o) for o in ((), ("method=rtn", "bits=w8a8", "tmas=true"), ("sampler.steps=24",))
-    )
-    assert one._shared("reference") == same._shared("reference") != other._shared("reference")
-    assert one.key != same.key
-
-
 # ------------------------------------------------------------------ full precision's config
 
 
 def test_the_reference_drops_quantization_and_keeps_the_measurement() -> None:
     config = plan(
-        "method=awq", "bits=w4a8", "tmas=true", "seed=5", "group_size=32", "sampler.steps=24", "eval.limit=7"
-    ).config
-    reference = _reference_config(config)
+        "method=awq", "bits=w4a8", "tmas=true", "cgq=true", "iaaq=true", "seed=5", "group_size=32",
+        "cgq_unmasked=0.3", "iaaq_alpha_min=0.5", "value_scale=mse", "backend=fake", "attn_bits=qkpv",
+        "calibration.num_prompts=8", "calibration.num_states=9", "eval.fidelity_states=3",
+        "sampler.steps=24", "eval.limit=7", "eval.batch_size=5",
+    ).config  # fmt: skip
+    reference, plain = _reference_config(config), RunConfig()
     assert isinstance(reference.recipe().method, FP) and reference.axes()["bits"] == "w16a16"
-    assert not reference.tmas and reference.seed == 0 and reference.group_size == -1
-    assert (reference.eval, reference.sampler, reference.tasks) == (config.eval, config.sampler, config.tasks)
+    kept = ("model", "sampler", "tasks", "tracker", "device", "cache_dir")
+    assert all(getattr(reference, name) == getattr(config, name) for name in kept)
+    assert (reference.eval.limit, reference.eval.batch_size) == (7, 5)
+    same = {f.name for f in fields(plain) if getattr(reference, f.name) == getattr(plain, f.name)}
+    assert {f.name for f in fields(plain)} - same <= {*kept, "method", "eval"}
     assert _reference_config(reference) == reference
 
 
@@ -214,6 +165,9 @@ class Spy:
     def log_curves(self, curves: object) -> None:
         self.calls.append("curves")
 
+    def log_samples(self, rows: object) -> None:
+        self.calls.append("samples")
+
     def finish(self, record: object = None, results: object = None) -> None:
         self.calls.append("finish" if record is not None else "failed")
 
@@ -236,40 +190,76 @@ def test_the_tracker_is_closed_whatever_happens(tmp_path: Path, monkeypatch: pyt
     spy.calls.clear()
     monkeypatch.setattr(Cell, "_compute", checked)
     cell(tmp_path).run()
-    assert spy.calls == ["start", "curves", "finish"] and (tmp_path / "cell" / RESULTS).exists()
+    assert spy.calls == ["start", "curves", "samples", "finish"] and (tmp_path / "cell" / RESULTS).exists()
 
 
-def test_full_precision_is_read_where_it_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = cell(tmp_path)
-    measured = []
+def baseline_of(made: Cell, cache: Path) -> RunRecord:
+    """What the cell takes for full precision's record; nothing is loaded."""
+    shared = FullPrecision(made.plan, Cache(cache), None, None, None)
+    return made._baseline(shared)
 
-    def measure(self: Cell, *args: object) -> RunRecord:
-        measured.append(self.name)
-        return record(self.key)
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Measuring is replaced; holds the name of the cell for each time it was."""
+    names: list[str] = []
+
+    def measure(self: Cell, *args: object) -> tuple[RunRecord, EvalResult]:
+        names.append(self.name)
+        return record(self.key), EvalResult(samples={"mini_gsm": [{"doc_id": len(names)}]})
 
     monkeypatch.setattr(Cell, "_measure", measure)
     monkeypatch.setattr(dllmq.cell, "weight_bytes", lambda model: 0)
-    first = made._baseline(None, None)
+    return names
+
+
+def test_full_precision_is_measured_once_for_a_sweep(tmp_path: Path, measured: list[str]) -> None:
+    cache = tmp_path / "cache"
+    made = cell(tmp_path / "one")
+    first = baseline_of(made, cache)
     assert first.fingerprint == made.fp_key and first.axes["method"] == "fp"
     assert first.config["bits"] == "w16a16" and not first.config["tmas"]
-    assert cell(tmp_path, "method=rtn", "tmas=true")._baseline(None, None) == first and len(measured) == 1
+    other = cell(tmp_path / "one", "method=rtn", "tmas=true", "cgq=true", "iaaq=true")
+    assert baseline_of(other, tmp_path / "another") == first and len(measured) == 1  # the sweep has it
+    baseline_of(cell(tmp_path / "one", "eval.limit=3"), cache)
+    assert len(measured) == 2
+
+
+def test_another_sweep_takes_record_and_answers_from_the_cache(tmp_path: Path, measured: list[str]) -> None:
+    for sweep in ("one", "two"):
+        assert baseline_of(cell(tmp_path / sweep), tmp_path / "cache").fingerprint == cell(tmp_path).fp_key
+        (line,) = (tmp_path / sweep / "samples_mini_gsm.jsonl").read_text().splitlines()
+        assert json.loads(line) == {"doc_id": 1}
+    assert len(measured) == 1
+    assert (tmp_path / "one" / BASELINE).read_bytes() == (tmp_path / "two" / BASELINE).read_bytes()
+
+
+def test_a_damaged_baseline_comes_from_the_cache(tmp_path: Path, measured: list[str]) -> None:
+    first = baseline_of(cell(tmp_path), tmp_path / "cache")
+    whole = (tmp_path / BASELINE).read_bytes()
     (tmp_path / BASELINE).write_text("{")
-    assert made._baseline(None, None) == first and len(measured) == 2
-    cell(tmp_path, "eval.limit=3")._baseline(None, None)
-    assert len(measured) == 3
+    assert baseline_of(cell(tmp_path), tmp_path / "cache") == first and len(measured) == 1
+    assert (tmp_path / BASELINE).read_bytes() == whole
+
+
+def test_measuring_full_precision_costs_the_cell_nothing(tmp_path: Path, measured: list[str]) -> None:
+    made = cell(tmp_path)
+    stages = made.stages
+    baseline_of(made, tmp_path / "cache")
+    assert made.stages is stages and stages.cost == {}
 
 
 def test_a_cell_of_full_precision_is_the_baseline_under_its_own_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = cell(tmp_path, "method=fp")
+    """And says which switches it has no use for."""
+    made = cell(tmp_path, "method=fp", "tmas=true", "cgq=true", "iaaq=true")
     baseline = record(made.fp_key, scores={"t": {"acc": {"value": 0.5, "stderr": 0.1, "n": 3}}})
-    monkeypatch.setattr(Cell, "_load", lambda self: (None, None))
-    monkeypatch.setattr(Cell, "_baseline", lambda self, model, tokenizer: baseline)
+    monkeypatch.setattr(Cell, "_load", lambda self: (tiny_model(), None))
+    monkeypatch.setattr(Cell, "_baseline", lambda self, shared: baseline)
     done = made.run()
-    assert done.scores == baseline.scores and done.fingerprint == made.key
+    assert [line.partition(":")[0] for line in done.inert] == ["tmas", "cgq", "iaaq"]
+    assert all(f"no effect: {line}" in caplog.text for line in done.inert)
     assert done == replace(
         baseline,
         run_name="cell",
@@ -277,11 +267,11 @@ def test_a_cell_of_full_precision_is_the_baseline_under_its_own_name(
         axes=made.config.axes(),
         config=made.config.plain(),
         command="python -m dllmq.run",
+        inert=done.inert,
     )
 
 
 def test_load_and_plain_agree() -> None:
     config = plan("bits=auto").config
     assert config.plain()["bits"] == config.model.default_bits
-    with initialize_config_module("dllmq.conf", version_base="1.3"):
-        assert load(compose("config", overrides=["tracker=none"])) == config
+    assert load(composed("tracker=none")) == config

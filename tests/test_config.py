@@ -1,19 +1,19 @@
 """What a run is made of: every wrong value is one sentence before weights are read; auto; the fingerprint."""
 
-import copy
 import json
 import shutil
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from composed import composed
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from dllmq.calibration.states import CleanText
+from dllmq.calibration.values import MinMax
 from dllmq.cell import _reference_config
 from dllmq.config import (
     EMBEDDED,
@@ -21,25 +21,30 @@ from dllmq.config import (
     build,
     cell_name,
     check_cell,
+    code_digest,
     fingerprint,
+    identity,
     load,
     slug,
     sweep_folder,
 )
 from dllmq.methods import AWQ, FP, GPTQ
+from dllmq.numerics import Grid
+from dllmq.recipe import uniform_weight
 from dllmq.report.callback import sentence
+from dllmq.techniques.cgq import CGQ
+from dllmq.techniques.iaaq import IAAQ, EqualWeightSearch
 from dllmq.techniques.tmas import TMAS
-
-
-@cache
-def composed(*overrides: str) -> DictConfig:
-    """What Hydra hands to run(); not to be changed by a test."""
-    with initialize_config_module("dllmq.conf", version_base="1.3"):
-        return compose("config", overrides=list(overrides))
 
 
 def config(*overrides: str) -> RunConfig:
     return load(composed(*overrides))
+
+
+def test_what_the_tests_compose_is_what_hydra_does() -> None:
+    overrides = ["method=awq", "tmas=true", "+sampler.more=[1,a]", "sampler.steps=24", "~eval.limit"]
+    with initialize_config_module("dllmq.conf", version_base="1.3"):
+        assert composed(*overrides) == compose("config", overrides=overrides)
 
 
 # ------------------------------------------------------------------ wrong input
@@ -50,6 +55,8 @@ def config(*overrides: str) -> RunConfig:
     [
         # keys
         (["+tmass=true"], ["no key tmass", "Did you mean tmas?"]),
+        (["+cgqq=true"], ["no key cgqq", "Did you mean cgq?"]),
+        (["+cgq_unmaskd=0.5"], ["no key cgq_unmaskd", "Did you mean cgq_unmasked?"]),
         (["+eval.limits=3"], ["no key eval.limits", "Did you mean limit?"]),
         (["+model.sampler.stepz=3"], ["no key model.sampler.stepz", "Did you mean steps?"]),
         (["+sampler.top_k=5"], ["no key sampler.top_k", "Known: gen_length"]),
@@ -60,6 +67,9 @@ def config(*overrides: str) -> RunConfig:
         (["method._target_=dllmq.methods.GPTQQ"], ["method._target_=dllmq.methods.GPTQQ cannot be imported"]),
         # types
         (["tmas=maybe"], ["tmas", "'maybe'", "bool"]),
+        (["cgq=maybe"], ["cgq", "'maybe'", "bool"]),
+        (["iaaq=2.5"], ["iaaq", "2.5", "bool"]),
+        (["cgq_unmasked=little"], ["cgq_unmasked", "'little'", "loat"]),
         (["seed=zero"], ["seed", "'zero'", "nteger"]),
         (["seed=null"], ["seed"]),
         (["eval.limit=many"], ["eval.limit", "'many'"]),
@@ -77,18 +87,37 @@ def config(*overrides: str) -> RunConfig:
         (["bits=w16a16"], ["bits=w16a16", "method=fp"]),
         (["attn_bits=v", "bits=w4a16"], ["attn_bits=v", "a16"]),
         (["attn_bits=9"], ["attn_bits=9", "2 to 8"]),
-        (["attn_bits=q"], ["attn_bits=q", "auto, none, v, pv"]),
+        (["attn_bits=q"], ["attn_bits=q", "auto, none, v, pv, qkpv"]),
+        (["attn_bits=qkpv", "bits=w4a16"], ["attn_bits=qkpv", "a16"]),
         (["value_granularity=heads"], ["value_granularity=heads", "Did you mean head?"]),
         (["group_size=100"], ["group_size=100", "256", "q_proj"]),
         (["act_group_size=100"], ["act_group_size=100", "256"]),
         (["group_size=-2"], ["group_size=-2", "-1"]),
         (["act_group_size=0"], ["act_group_size=0", "-1"]),
+        # techniques, also where they are off
+        (["cgq_unmasked=-1"], ["cgq_unmasked=-1", ">= 0"]),
+        (["cgq_unmasked=nan", "cgq=true"], ["cgq_unmasked=nan", "finite"]),
+        (["cgq_masked=inf"], ["cgq_masked=inf", "finite"]),
+        (["cgq_unmasked_confidence=x"], ["cgq_unmasked_confidence=x", "zero or model"]),
+        (["cgq=true", "cgq_unmasked=0"], ["cgq_unmasked=0", "clean text", "tmas=true"]),
+        (["iaaq_alpha_min=0"], ["iaaq_alpha_min=0", "(0, 1]"]),
+        (["iaaq_alpha_min=1.2", "iaaq=true"], ["iaaq_alpha_min=1.2", "(0, 1]"]),
+        (["iaaq_alpha_step=0"], ["iaaq_alpha_step=0", "(0, 1]"]),
+        (["iaaq_alpha_step=nan"], ["iaaq_alpha_step=nan", "(0, 1]"]),
+        (["value_scale=x"], ["value_scale=x", "minmax, mse, iaaq"]),
+        (["value_scale=minmx", "iaaq=true"], ["value_scale=minmx", "Did you mean minmax?"]),
         # values
         (["method.damp=0"], ["damp", "positive"]),
         (["method.block_size=0"], ["block_size", "positive"]),
         (["method=awq", "method.solver=gptqq"], ["solver", "'gptq'"]),
         (["calibration.states=random"], ["calibration.states=random", "Did you mean random_mask?"]),
         (["calibration.states=random", "tmas=true"], ["calibration.states=random"]),
+        (["calibration.states=tmass"], ["calibration.states=tmass", "Did you mean tmas?"]),
+        (["calibration.states=tmas", "calibration.num_prompts=2"], ["num_states=128", "96 states"]),
+        (["backend=x"], ["backend=x", "auto, fake, packed"]),
+        (["backend=packed", "bits=w4a16"], ["backend=packed", "not a16", "fake or auto"]),
+        (["backend=packed", "bits=w4a4", "group_size=32"], ["backend=packed", "group_size=-1"]),
+        (["backend=packed", "bits=w4a4", "act_group_size=32"], ["backend=packed", "act_group_size=-1"]),
         (["calibration.shares=[0.5,-0.1]"], ["shares", "-0.1"]),
         (["calibration.shares=[]", "tmas=true"], ["shares"]),
         (["calibration.num_states=0"], ["calibration.num_states=0", "at least 1"]),
@@ -188,7 +217,7 @@ def test_a_dry_run_downloads_nothing() -> None:
 
 
 def test_interpolations_that_lead_nowhere_are_one_sentence() -> None:
-    cfg = copy.deepcopy(composed())
+    cfg = composed()
     OmegaConf.update(cfg, "seed", "${nothing.here}")
     with pytest.raises(ValueError, match=r"nothing") as caught:
         load(cfg)
@@ -228,6 +257,7 @@ def test_auto_monte_carlo_samples() -> None:
         (["bits=w4a8", "attn_bits=v"], None, 8),
         (["bits=w4a16", "attn_bits=6"], 6, 6),
         (["bits=w4a4", "attn_bits=none"], None, None),
+        (["bits=w4a6", "attn_bits=qkpv"], 6, 6),
     ],
 )
 def test_attn_bits(overrides: list[str], P: int | None, V: int | None) -> None:
@@ -246,6 +276,70 @@ def test_tmas_is_a_value_of_the_states_slot() -> None:
     assert config("tmas=true").recipe().states == TMAS((0.3, 0.2, 0.2, 0.3))
     assert config("tmas=true", "calibration.shares=[1,0]").recipe().states.shares == (1.0, 0.0)
     assert config("calibration.states=uniform").recipe().states.name == "uniform"
+    assert config("calibration.states=tmas").recipe().states == config("tmas=true").recipe().states
+    assert config("calibration.states=uniform", "tmas=true").recipe().states == TMAS()
+
+
+def test_cgq_is_a_value_of_the_weight_slot() -> None:
+    assert config().recipe().token_weight is uniform_weight
+    assert config("cgq_unmasked=0.3").recipe().token_weight is uniform_weight
+    assert config("cgq=true").recipe().token_weight == CGQ(0.7, "zero", 1.0)
+    knobs = ("cgq_unmasked=0.35", "cgq_masked=2", "cgq_unmasked_confidence=model")
+    assert config("cgq=true", *knobs).recipe().token_weight == CGQ(0.35, "model", 2.0)
+
+
+def test_confidence_is_recorded_where_the_weight_reads_it() -> None:
+    assert [config(*o).recipe().observe for o in ((), ("cgq=true",), ("cgq_unmasked_confidence=model",))] == [
+        "masked"
+    ] * 3
+    assert config("cgq=true", "cgq_unmasked_confidence=model").recipe().observe == "all"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "kind", "alphas"),
+    [
+        ([], "minmax", MinMax, None),
+        (["iaaq=true"], "iaaq", IAAQ, 21),
+        (["value_scale=iaaq"], "iaaq", IAAQ, 21),
+        (["value_scale=mse"], "mse", EqualWeightSearch, 21),
+        (["value_scale=mse", "iaaq=true"], "iaaq", IAAQ, 21),
+        (["iaaq=true", "iaaq_alpha_min=0.5", "iaaq_alpha_step=0.05"], "iaaq", IAAQ, 11),
+        (["value_scale=mse", "iaaq_alpha_min=0.9"], "mse", EqualWeightSearch, 11),
+        (["iaaq=true", "iaaq_alpha_min=1"], "iaaq", IAAQ, 1),
+    ],
+)
+def test_iaaq_is_a_value_of_the_scale_slot(
+    overrides: list[str], name: str, kind: type[MinMax], alphas: int | None
+) -> None:
+    recipe = config("value_granularity=channel", *overrides).recipe()
+    made = recipe.value_scale(Grid(4))
+    assert recipe.value_scale_name == name and type(made) is kind and made.granularity == "channel"
+    assert len(getattr(made, "alphas", ())) == (alphas or 0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "inert"),
+    [
+        (["cgq=true"], ["cgq: clean text"]),
+        (["cgq=true", "cgq_unmasked_confidence=model"], []),
+        (["cgq=true", "tmas=true"], []),
+        (["cgq=true", "calibration.states=random_mask"], []),
+        (["cgq=true", "tmas=true", "method=rtn"], ["cgq: RTN"]),  # TMAS reaches V's range
+        (["cgq=true", "tmas=true", "method=rtn", "attn_bits=none"], ["tmas: RTN", "cgq: RTN"]),
+        (["iaaq=true", "bits=w4a4"], []),
+        (["iaaq=true", "method=rtn"], []),
+        (["iaaq=true", "attn_bits=none"], ["iaaq: V is not quantized"]),
+        (["iaaq=true", "bits=w4a16"], ["iaaq: V is not quantized"]),
+        (["value_scale=mse", "bits=w4a16"], ["value_scale=mse: V is not quantized"]),
+        (["method=fp", "tmas=true", "cgq=true", "iaaq=true"], ["tmas: FP", "cgq: FP", "iaaq: V"]),
+        (["method=awq", "tmas=true", "cgq=true", "iaaq=true", "bits=w4a4"], []),
+    ],
+    ids=" ".join,
+)
+def test_a_switch_without_effect_is_named(overrides: list[str], inert: list[str]) -> None:
+    found = config(*overrides).recipe().inert()
+    assert len(found) == len(inert), found
+    assert all(line.startswith(start) for line, start in zip(found, inert, strict=True)), found
 
 
 def test_the_sampler_is_the_models_unless_overridden() -> None:
@@ -263,14 +357,35 @@ def test_build_gives_the_dataclass_its_fields() -> None:
     assert build("method", knobs) == AWQ(n_grid=10, solver="gptq")
 
 
-def test_a_run_and_its_twin_differ_in_the_switch_alone() -> None:
-    on, off = config("tmas=true").axes(), config("tmas=false").axes()
-    assert {k for k in on if on[k] != off[k]} == {"tmas"} and on.keys() == off.keys()
+@pytest.mark.parametrize("switch", ["tmas", "cgq", "iaaq"])
+def test_a_run_and_its_twin_differ_in_the_switch_alone(switch: str) -> None:
+    on, off = config(f"{switch}=true").axes(), config(f"{switch}=false").axes()
+    assert {k for k in on if on[k] != off[k]} == {switch} and on.keys() == off.keys()
+
+
+def test_knobs_are_axes_where_they_are_not_the_default() -> None:
+    knobs = ("cgq_unmasked", "cgq_masked", "cgq_unmasked_confidence", "iaaq_alpha_min", "iaaq_alpha_step")
+    assert not {*knobs, "shares"} & config("cgq_unmasked=0.7", "iaaq_alpha_step=0.01").axes().keys()
+    assert config("cgq_unmasked=0.35").axes()["cgq_unmasked"] == 0.35
+    assert config("calibration.shares=[0.25,0.75]").axes()["shares"] == "0.25 0.75"
 
 
 @pytest.mark.parametrize(
     "override",
-    ["value_granularity=tensor", "act_symmetric=true", "calibration.num_prompts=3", "method.damp=0.1"],
+    [
+        "value_granularity=tensor",
+        "act_symmetric=true",
+        "calibration.num_prompts=3",
+        "method.damp=0.1",
+        "value_scale=mse",
+        "calibration.states=uniform",
+        "attn_bits=qkpv",
+        "backend=fake",
+        "cgq_masked=2",
+        "cgq_unmasked_confidence=model",
+        "iaaq_alpha_min=0.5",
+        "iaaq_alpha_step=0.05",
+    ],
 )
 def test_what_can_be_swept_is_an_axis(override: str) -> None:
     assert config(override).axes() != config().axes()
@@ -291,6 +406,12 @@ def default() -> str:
         "bits=w8a8",
         "seed=1",
         "tmas=true",
+        "cgq=true",
+        "iaaq=true",
+        "cgq_unmasked=0.35",
+        "iaaq_alpha_step=0.02",
+        "value_scale=mse",
+        "backend=fake",
         "method=rtn",
         "method.damp=0.02",
         "group_size=32",
@@ -312,7 +433,16 @@ def test_the_fingerprint_changes_with_what_changes_numbers(override: str, defaul
 
 
 @pytest.mark.parametrize(
-    "override", ["tracker=none", "tracker.project=x", "name=x", "resume=false", "dry_run=true", "device=cpu"]
+    "override",
+    [
+        "tracker=none",
+        "tracker.project=x",
+        "name=x",
+        "resume=false",
+        "dry_run=true",
+        "device=cpu",
+        "cache_dir=null",
+    ],
 )
 def test_the_fingerprint_ignores_what_changes_no_number(override: str, default: str) -> None:
     assert fingerprint(config(override), "cpu") == default
@@ -342,6 +472,22 @@ def test_the_fingerprint_reads_the_bytes_of_weights_tokenizer_and_data(tmp_path:
     assert len(seen) == 4
 
 
+def test_auto_is_another_dtype_for_the_same_weights_elsewhere(tmp_path: Path) -> None:
+    """float32 embedded, bfloat16 from a folder: nothing of the one may be taken for the other's."""
+    copy_ = config(f"model.path={shutil.copytree(EMBEDDED, tmp_path / 'model')}")
+    assert (config().dtype(), copy_.dtype()) == ("float32", "bfloat16")
+    assert identity(config(), "cpu") != identity(copy_, "cpu")
+    same = replace(copy_, model=replace(copy_.model, dtype="float32"))
+    assert identity(config(), "cpu") == identity(same, "cpu")
+
+
+def test_code_is_what_it_was_when_the_process_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file edited during a sweep: the cells to come still run, and are named after, the code before."""
+    before = code_digest()
+    monkeypatch.setattr(Path, "read_bytes", lambda self: b"edited")
+    assert code_digest() == before
+
+
 def test_full_precision_is_the_same_for_every_cell_of_a_sweep() -> None:
     cells = [
         (f"method={method}", f"tmas={tmas}", f"bits={bits}", *more)
@@ -352,6 +498,11 @@ def test_full_precision_is_the_same_for_every_cell_of_a_sweep() -> None:
             ("fp", "false", "w4a4"),
             ("gptq", "true", "w2a8", "seed=3", "calibration.num_states=7", "group_size=32"),
             ("gptq", "false", "w2a8", "symmetric=true", "calibration.states=uniform"),
+            ("gptq", "true", "w2a8", "cgq=true", "iaaq=true", "cgq_unmasked=0.1", "iaaq_alpha_min=0.5"),
+            ("awq", "true", "w4a4", "value_scale=mse", "value_granularity=tensor", "backend=fake"),
+            ("gptq", "true", "w2a8", "cgq_unmasked_confidence=model", "cgq_masked=2", "cache_dir=null"),
+            ("gptq", "true", "w2a8", "calibration.num_prompts=8", "calibration.batch_size=4"),
+            ("gptq", "true", "w2a8", "eval.fidelity_states=8", "eval.fidelity_prompts=2"),
         )
     ]
     assert len({fingerprint(_reference_config(config(*cell)), "cpu") for cell in cells}) == 1
@@ -398,6 +549,7 @@ def test_cell_name_begins_with_the_switches() -> None:
         (["method=awq", "resume=false", "threads=1", "hydra.x=1", "dry_run=true"], "outputs/method=awq"),
         (["method=awq", "name=mine"], "outputs/mine"),
         (["method=awq", "name=null"], "outputs/method=awq"),
+        (["method=awq", "cache_dir=/shared/cache"], "outputs/method=awq"),
         (["experiment=bitwidth"], "outputs/bitwidth"),
         (["experiment=bitwidth", "bits=w4a4"], "outputs/experiment=bitwidth_bits=w4a4"),
         (["name=../../elsewhere"], "outputs/elsewhere"),

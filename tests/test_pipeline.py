@@ -9,7 +9,7 @@ import torch
 from tiny_llada import LENGTHS, MASK, SAMPLER, VOCAB, tiny_config, tiny_model, tiny_prompts, tiny_trajectories
 from torch import Tensor, nn
 
-from dllmq.calibration.observe import group_input
+from dllmq.calibration.observe import attention_inputs
 from dllmq.calibration.states import (
     CalibrationState,
     CleanText,
@@ -19,17 +19,28 @@ from dllmq.calibration.states import (
     draw_states,
 )
 from dllmq.calibration.stats import GroupInput, GroupStats, collect
+from dllmq.kernels import cpu_int8
 from dllmq.methods import AWQ, FP, GPTQ, RTN
 from dllmq.methods.base import GroupUpdate
 from dllmq.methods.gptq import gptq_solve
-from dllmq.models.attention import QuantizedProduct, attention_map
+from dllmq.models.attention import QuantizedProduct, attention_map, quantize_queries_keys
 from dllmq.models.base import LinearGroup, linear_group
-from dllmq.models.linear import QuantLinear
+from dllmq.models.linear import Linear, QuantLinear
 from dllmq.models.llada import LLaDA
 from dllmq.numerics import Grid, Params, fake_quant
 from dllmq.numerics.linalg import weighted_gram
-from dllmq.pipeline import check_group_sizes, quantize, quantized_linears, weight_bytes
+from dllmq.pipeline import (
+    calibration_states,
+    check_group_sizes,
+    quantize,
+    quantized_linears,
+    set_backend,
+    weight_bytes,
+    weight_summary,
+)
 from dllmq.recipe import AttentionGrids, Recipe, uniform_weight
+from dllmq.techniques.cgq import CGQ
+from dllmq.techniques.iaaq import IAAQ, EqualWeightSearch
 from dllmq.techniques.tmas import TMAS
 
 W3 = Recipe(
@@ -104,7 +115,7 @@ def test_the_block_linears_are_swapped_and_nothing_else(trajectories: list[Traje
     names = {f"model.transformer.blocks.{i}.{name}" for i in range(2) for name in LINEARS}
     assert set(quantized_linears(model)) == names
     head = model.transformer["ff_out"]  # called like the blocks' down-projection
-    assert type(head) is nn.Linear and torch.equal(head.weight, untouched.transformer["ff_out"].weight)
+    assert type(head) is Linear and torch.equal(head.weight, untouched.transformer["ff_out"].weight)
     moved = {n for n, p in model.state_dict().items() if not torch.equal(p, untouched.state_dict()[n])}
     norms = {f"model.transformer.blocks.{i}.{n}.weight" for i in range(2) for n in ("attn_norm", "ff_norm")}
     weights = {f"{name}.weight" for name in names}
@@ -251,41 +262,95 @@ def test_values_are_scaled_by_the_quantized_projection(trajectories: list[Trajec
 
 
 class Recorded:
-    """A value scale that wants attention maps, and keeps what it is given."""
+    """A value scale that wants `needs`, and keeps what it is given: for each layer, V and pieces of P."""
 
     needs = frozenset({"maps"})
-    seen: list[tuple[Tensor, Tensor]]
+    layers: ClassVar[list[list[tuple[Tensor, list[Tensor | None]]]]] = []
 
     def __init__(self, grid: Grid) -> None:
-        Recorded.seen = []
+        self.batches: list[tuple[Tensor, list[Tensor | None]]] = []
+        self.layers.append(self.batches)
 
     def range(self, V: Tensor) -> None:
         assert V.shape[1:] == (4, 8)
 
-    def accumulate(self, V: Tensor, P: Tensor) -> None:
-        Recorded.seen.append((V, P))
+    def accumulate(self, V: Tensor, P: Tensor | None) -> None:
+        if not self.batches or self.batches[-1][0] is not V:
+            self.batches.append((V, []))
+        self.batches[-1][1].append(P)
 
     def result(self) -> Params:
         return Params(torch.ones(1, 1, 1), torch.full((1, 1, 1), 8.0))
 
+    def notes(self) -> dict[str, float]:
+        return {"batches": float(len(self.batches))}
 
-@pytest.mark.parametrize("grids", [AttentionGrids(Grid(3), Grid(4)), AttentionGrids(None, Grid(4))])
+
+class RecordedValues(Recorded):
+    needs = frozenset({"values"})
+
+
+class RecordedNothing(Recorded):
+    needs: frozenset[str] = frozenset()
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+@pytest.mark.parametrize(
+    "grids",
+    [
+        AttentionGrids(Grid(3), Grid(4)),
+        AttentionGrids(None, Grid(4)),
+        AttentionGrids(Grid(3), Grid(4), Grid(3)),
+    ],
+    ids=["PV", "V", "QKPV"],
+)
 def test_a_value_scale_reads_the_maps_the_product_will_use(
-    trajectories: list[Trajectory], grids: AttentionGrids
+    trajectories: list[Trajectory], monkeypatch: pytest.MonkeyPatch, grids: AttentionGrids, in_pieces: bool
 ) -> None:
-    """P quantized when P will be, and rows of pad queries are 0."""
+    """P of Q and K, each quantized when it will be; V at pads, and rows of pad queries, are 0."""
+    Recorded.layers.clear()
+    if in_pieces:
+        monkeypatch.setattr("dllmq.models.attention.MAX_MAP", 4 * 4 * 23 * 5)
     model = quantized(trajectories, replace(W3, inputs=None), value_scale=Recorded, attention=grids)
-    states, seen = states_of(W3, trajectories), Recorded.seen[-2:]  # those of block 1
+    states, seen = states_of(W3, trajectories), Recorded.layers[1]
     assert len(seen) == len(states) == 2 and any(not bool(s.valid.all()) for s in states)
-    for state, (V, P) in zip(states, seen, strict=True):
+    for state, (V, pieces) in zip(states, seen, strict=True):
+        assert (len(pieces) > 1) is in_pieces
         ctx = model.context(state.tokens.shape[1], state.valid)
-        h = group_input(model.blocks[1], "q_proj", model.blocks[0](model.embed(state.tokens), ctx), ctx)
-        Q, K, values = model.blocks[1].project(h, ctx)
-        expected = attention_map(Q, K, ctx.bias)
+        x = model.blocks[0](model.embed(state.tokens), ctx)
+        Q, K, values, bias = attention_inputs(model.blocks[1], x, ctx)
+        expected = attention_map(*quantize_queries_keys(Q, K, grids.QK), bias)
         if grids.P is not None:
             expected = fake_quant(expected, grids.P)
-        assert torch.equal(V, values)
-        assert torch.equal(P, expected * state.valid[:, None, :, None])
+        assert torch.equal(V, values * state.valid[:, None, :, None])
+        P = torch.cat(pieces, 2)  # type: ignore[arg-type]
+        torch.testing.assert_close(P, expected * state.valid[:, None, :, None], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("scale", "given"), [(RecordedValues, [[None], [None]]), (RecordedNothing, [])])
+def test_a_value_scale_is_given_what_it_asks_for(
+    trajectories: list[Trajectory], monkeypatch: pytest.MonkeyPatch, scale: Any, given: list[Any]
+) -> None:
+    """No map is computed for one that reads values alone, and no second pass made for one that reads none."""
+    monkeypatch.setattr("dllmq.models.attention.attention_map", None)
+    Recorded.layers.clear()
+    model = tiny_model()
+    recipe = replace(W3, value_scale=scale, attention=AttentionGrids(None, Grid(4)))
+    report = quantize(model, tiny_prompts(), recipe, trajectories)
+    assert [[pieces for _, pieces in batches] for batches in Recorded.layers] == [given, given]
+    assert report.notes["blocks.1.product"] == {"batches": len(given)}
+
+
+@pytest.mark.parametrize("scale", [IAAQ, EqualWeightSearch])
+def test_the_search_is_the_same_in_pieces(
+    trajectories: list[Trajectory], monkeypatch: pytest.MonkeyPatch, scale: Any
+) -> None:
+    recipe = replace(W4A4, value_scale=scale)
+    whole = [block.product.v_params for block in quantized(trajectories, recipe).blocks]
+    monkeypatch.setattr("dllmq.models.attention.MAX_MAP", 4 * 4 * 23 * 5)
+    pieces = [block.product.v_params for block in quantized(trajectories, recipe).blocks]
+    for a, b in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 class Kept(RTN):
@@ -441,4 +506,157 @@ def test_group_sizes_are_checked_without_weights() -> None:
 def test_quant_linears_hold_the_recipes_grids(trajectories: list[Trajectory]) -> None:
     for linear in quantized_linears(quantized(trajectories, W4A4)).values():
         assert isinstance(linear, QuantLinear)
-        assert (linear.quantized.grid, linear.act_grid) == (Grid(4), Grid(4))
+        assert (linear.quantized.grid, linear.inputs.grid) == (Grid(4), Grid(4))
+
+
+# Backends -----------------------------------------------------------------------------------------
+
+W4A8 = replace(W4A4, inputs=Grid(8), attention=AttentionGrids())
+exact_only = pytest.mark.skipif(not cpu_int8.is_exact(), reason="this processor saturates int8 products")
+
+
+def processor(patch: pytest.MonkeyPatch, fast: bool, exact: bool) -> None:
+    patch.setattr(cpu_int8, "is_fast", lambda: fast)
+    patch.setattr(cpu_int8, "is_exact", lambda: exact)
+
+
+def backends(model: LLaDA) -> set[str]:
+    return {linear.backend for linear in quantized_linears(model).values()}
+
+
+@exact_only
+def test_the_backends_are_one_function_and_can_be_changed(
+    trajectories: list[Trajectory], ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = quantized(trajectories, W4A8)
+    assert backends(model) == {"fake"}
+    fake = model(ids)
+    for asked in ("packed", "fake", "auto", "packed", "fake"):
+        processor(monkeypatch, fast=True, exact=True)
+        wanted = "fake" if asked == "fake" else "packed"
+        assert set_backend(model, asked) == wanted and backends(model) == {wanted}
+        error = float((model(ids) - fake).norm() / fake.norm())
+        assert error == 0 if wanted == "fake" else 0 < error < 0.01
+
+
+@pytest.mark.parametrize(("fast", "exact"), [(False, True), (True, False), (False, False)])
+def test_auto_is_fake_where_packed_does_not_pay(
+    trajectories: list[Trajectory], monkeypatch: pytest.MonkeyPatch, fast: bool, exact: bool
+) -> None:
+    model = quantized(trajectories, W4A8)
+    processor(monkeypatch, fast, exact)
+    assert set_backend(model, "auto") == "fake" and backends(model) == {"fake"}
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [W3, replace(W4A8, inputs=Grid(8, 8)), replace(W4A8, weights=Grid(4, 16)), replace(W4A8, inputs=None)],
+    ids=["w3 by 16", "a8 by 8", "w4 by 16", "w4a16"],
+)
+def test_grids_that_packed_does_not_take(
+    trajectories: list[Trajectory], monkeypatch: pytest.MonkeyPatch, recipe: Recipe
+) -> None:
+    model = quantized(trajectories, recipe)
+    processor(monkeypatch, fast=True, exact=True)
+    assert set_backend(model, "auto") == "fake"
+    with pytest.raises(
+        ValueError, match=r"^backend=packed needs .*\.blocks\.0\.q_proj has .*=fake or auto\.$"
+    ):
+        set_backend(model, "packed")
+    assert backends(model) == {"fake"}
+
+
+def test_the_first_linear_that_cannot_be_packed_is_named(
+    trajectories: list[Trajectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And then none is packed."""
+    model = quantized(trajectories, W4A8)
+    processor(monkeypatch, fast=True, exact=True)
+    for name in ("ff_out", "attn_out"):
+        getattr(model.blocks[1], name).inputs.grid = None
+    with pytest.raises(ValueError, match=r"model\.transformer\.blocks\.1\.attn_out has other grids") as error:
+        set_backend(model, "packed")
+    assert "\n" not in str(error.value) and "ff_out" not in str(error.value)
+    assert set_backend(model, "auto") == "fake" and backends(model) == {"fake"}
+
+
+def test_packed_is_refused_where_the_processor_errs(
+    trajectories: list[Trajectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor(monkeypatch, fast=True, exact=False)
+    with pytest.raises(ValueError, match=r"this processor saturates\. Use backend=fake or auto"):
+        set_backend(quantized(trajectories, W4A8), "packed")
+
+
+@pytest.mark.parametrize("backend", ["auto", "fake", "packed"])
+def test_full_precision_has_no_backend(backend: str) -> None:
+    assert set_backend(tiny_model(), backend) == ""
+
+
+@pytest.mark.parametrize("backend", ["fake", pytest.param("packed", marks=exact_only)])
+def test_a_groups_input_is_quantized_once(
+    trajectories: list[Trajectory], ids: Tensor, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """Four groups a block, seven linears: and nothing is kept afterwards."""
+    model = quantized(trajectories, W4A8)
+    set_backend(model, backend)
+    made: list[str] = []
+
+    def counted(name: str, function: Callable[[Tensor, Grid], Any]) -> Callable[[Tensor, Grid], Any]:
+        return lambda x, grid: (made.append(name), function(x, grid))[1]
+
+    monkeypatch.setattr("dllmq.models.linear.fake_quant", counted("fake", fake_quant))
+    monkeypatch.setattr(cpu_int8, "input_operand", counted("packed", cpu_int8.input_operand))
+    model(ids)
+    assert made == [backend] * 8
+    shared = {id(linear.inputs): linear.inputs for linear in quantized_linears(model).values()}
+    assert sorted(inputs.readers for inputs in shared.values()) == [1, 1, 1, 1, 2, 2, 3, 3]
+    assert all(inputs._source is None and inputs._value is None for inputs in shared.values())
+
+
+# Calibration sets ---------------------------------------------------------------------------------
+
+
+def test_a_calibration_set_can_be_drawn_before(trajectories: list[Trajectory]) -> None:
+    """It is what `quantize` draws, recorded trajectories or not."""
+    recipe, models = replace(W4A4, method=GPTQ(), states=RandomMask()), [tiny_model() for _ in range(3)]
+    drawn = calibration_states(tiny_model(), tiny_prompts(), recipe, trajectories)
+    recorded = calibration_states(tiny_model(), tiny_prompts(), recipe)
+    reports = [
+        quantize(models[0], tiny_prompts(), recipe, trajectories),
+        quantize(models[1], [], recipe, states=drawn),
+        quantize(models[2], [], recipe, states=recorded),
+    ]
+    assert same(models[0], models[1]) and same(models[0], models[2])
+    assert reports[0].states == reports[1].states == reports[2].states
+
+
+@pytest.mark.parametrize("states", [CleanText(), UniformTrajectory()], ids=lambda s: s.name)
+def test_scores_are_taken_where_the_token_weight_reads_them(states: Any) -> None:
+    literal = replace(W3, states=states, token_weight=CGQ(unmasked_confidence="model"))
+    for recipe in (literal, replace(literal, token_weight=CGQ())):
+        for state in calibration_states(tiny_model(), tiny_prompts(), recipe):
+            wanted = state.valid if recipe is literal else state.masked
+            assert torch.equal(state.score > 0, wanted)
+
+
+def test_the_summary_of_weights_is_their_mean_by_kind_of_token(trajectories: list[Trajectory]) -> None:
+    """Over all batches, pads left out whatever they weigh."""
+
+    def weight(state: CalibrationState) -> Tensor:
+        return torch.where(state.masked, 1.0 + state.score, 0.5).masked_fill(~state.valid, float("nan"))
+
+    recipe = replace(W3, token_weight=weight, batch_size=3)
+    states = states_of(recipe, trajectories)
+    masked = [float(w) for s in states for w in weight(s)[s.masked]]
+    assert any(not bool(s.valid.all()) for s in states)
+    found = weight_summary(states, recipe)
+    assert found == {"masked": pytest.approx(sum(masked) / len(masked)), "unmasked": pytest.approx(0.5)}
+    report = quantize(tiny_model(), tiny_prompts(), replace(recipe, method=RTN()), trajectories)
+    assert report.states["token_weight"] == found
+
+
+def test_clean_text_has_no_masked_token_to_weigh(trajectories: list[Trajectory]) -> None:
+    recipe = replace(W3, states=CleanText(), token_weight=CGQ(unmasked=0.6))
+    found = weight_summary(states_of(recipe, trajectories), recipe)
+    assert found == {"masked": None, "unmasked": pytest.approx(0.36)}

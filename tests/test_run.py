@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,11 +45,13 @@ KEYS = {
     "git",
     "device",
     "seed",
+    "fidelity_per_prompt",
+    "notes",
 }
 COST = {"calibrate_s", "quantize_s", "evaluate_s", "peak_memory_bytes", "weight_bytes", "quantized_share"}
-COST |= {"tokens_per_second", "forwards"}
+COST |= {"tokens_per_second", "forwards", "fp_forwards"}
 # what a rerun must repeat bit for bit
-NUMBERS = ("scores", "fidelity", "curves", "per_problem", "calibration", "fingerprint")
+NUMBERS = ("scores", "fidelity", "curves", "per_problem", "fidelity_per_prompt", "calibration", "fingerprint")
 
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -82,7 +85,8 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     where = tmp_path_factory.mktemp("sweep")
     done = finished(command(where, *SWEEP, "name=small"))
     folder = where / "outputs" / "small"
-    return SimpleNamespace(where=where, folder=folder, stdout=done.stdout, log=done.stderr)
+    cache = where / "outputs" / ".cache"
+    return SimpleNamespace(where=where, folder=folder, cache=cache, stdout=done.stdout, log=done.stderr)
 
 
 # ------------------------------------------------------------------ a sweep
@@ -99,7 +103,8 @@ def test_a_sweep_records_every_cell(sweep: SimpleNamespace) -> None:
             for metric, score in record["scores"][task].items():
                 assert score["n"] == len(record["per_problem"][task][metric]) == 3
         assert record["fidelity"]["kl"]["n"] == 8 and record["fidelity"]["kl"]["value"] > 0
-        assert {"kl_by_step", "kl_by_mask_ratio", "top1_by_step"} <= record["curves"].keys()
+        assert {"kl_by_step", "kl_by_mask_ratio", "divergence_by_step"} <= record["curves"].keys()
+        assert record["fidelity"]["final_agreement"]["n"] == len(record["fidelity_per_prompt"]["kl"]) == 2
         assert record["cost"].keys() >= {"quantize_peak_bytes", "evaluate_peak_bytes"}
     axes = {(r["axes"]["method"], r["axes"]["tmas"]) for r in records.values()}
     assert axes == {(method, tmas) for method in ("rtn", "gptq") for tmas in (True, False)}
@@ -121,7 +126,15 @@ def test_full_precision_is_measured_once(sweep: SimpleNamespace) -> None:
     )
     assert sweep.log.count("full precision: measured once") == 1
     assert (sweep.folder / "samples_mini_gsm.jsonl").read_text().count("\n") == 3
-    assert len(list((sweep.folder / ".shared").glob("*.safetensors"))) == 2
+
+
+def test_full_precisions_work_is_done_once_and_kept_for_other_sweeps(sweep: SimpleNamespace) -> None:
+    """In the cache beside the sweep's folder: two choices of states from the same trajectories."""
+    forwards = [record["cost"]["fp_forwards"] for record in results(sweep.folder).values()]
+    assert sorted(count > 0 for count in forwards) == [False, False, False, True]
+    kept = Counter(path.relative_to(sweep.cache).parts[0] for path in sweep.cache.rglob("*.json"))
+    assert kept == {"baseline": 1, "trajectories": 1, "states": 2, "held_out": 1, "reference": 1}
+    assert [path.name for path in (sweep.folder / ".shared").iterdir()] == ["tasks"]
 
 
 def test_a_sweep_is_reported(sweep: SimpleNamespace) -> None:
@@ -211,10 +224,14 @@ def test_wrong_input_ends_at_once_and_leaves_nothing(
 
 
 def test_a_dry_run_prints_the_plan_of_every_cell(tmp_path: Path) -> None:
-    done = finished(command(tmp_path, "-m", "dry_run=true", "method=rtn,gptq", "tmas=true", "attn_bits=none"))
+    switches = ("tmas=true", "cgq=true", "iaaq=true", "attn_bits=none")
+    done = finished(command(tmp_path, "-m", "dry_run=true", "method=rtn,gptq", *switches))
     assert done.stdout.count("checked, nothing run") == 2
     assert "method       GPTQ(block_size=128" in done.stdout and "calibration  tmas, 128" in done.stdout
+    assert done.stdout.count("token weight CGQ(unmasked=0.7") == 2
     assert done.stdout.count("no effect    tmas: RTN reads no calibration states") == 1
+    assert done.stdout.count("no effect    cgq: RTN reads no statistics") == 1
+    assert done.stdout.count("no effect    iaaq: V is not quantized") == 2
     assert not list(tmp_path.rglob("*.json"))
 
 

@@ -1,4 +1,4 @@
-"""Reading a block's insides: the input of a group of linears, and V (and P) of the attention product."""
+"""Reading a block's insides: the input of a group of linears, and Q, K and V of the attention product."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from dllmq.models.attention import AttentionProduct, attention_map, quantize_queries_keys, repeat_kv
+from dllmq.models.attention import AttentionProduct
 from dllmq.models.base import Block, BlockContext
-from dllmq.numerics import Grid
 
 
 class _Seen(Exception):
@@ -42,34 +43,32 @@ def group_input(block: Block, linear: str, x: Tensor, ctx: BlockContext) -> Tens
     return seen[0]
 
 
-@dataclass
-class _ObservedProduct(AttentionProduct):
-    """Hands V, and P if wanted, to a callback and stops."""
+class AttentionInputs(NamedTuple):
+    """What the attention product of a block reads, after RoPE; kv heads for K and V."""
 
-    see: Callable[[Tensor, Tensor | None], None]
-    wants_maps: bool
-    qk_grid: Grid | None
+    Q: Float[Tensor, "B heads L h"]
+    K: Float[Tensor, "B kv L h"]
+    V: Float[Tensor, "B kv L h"]
+    bias: Tensor | None
+
+
+@dataclass
+class _ReadProduct(AttentionProduct):
+    """Hands its inputs to a callback and stops."""
+
+    see: Callable[[AttentionInputs], None]
 
     def __call__(self, Q: Tensor, K: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
-        P = None
-        if self.wants_maps:
-            Q, K = quantize_queries_keys(Q, K, self.qk_grid)
-            P = attention_map(Q, repeat_kv(K, Q.shape[1]), bias)
-        self.see(V, P)
+        self.see(AttentionInputs(Q, K, V, bias))
         raise _Seen
 
 
 @torch.no_grad()
-def attention_product(
-    block: Block, x: Tensor, ctx: BlockContext, maps: bool, qk_grid: Grid | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """V [B, kv, L, h] and, if asked for, P [B, heads, Q, L] when the block runs on x [B, L, d].
-
-    P is that of Q and K under `qk_grid`.
-    """
-    seen: list[tuple[Tensor, Tensor | None]] = []
+def attention_inputs(block: Block, x: Tensor, ctx: BlockContext) -> AttentionInputs:
+    """The inputs of the attention product when the block runs on x [B, L, d]; no map is computed."""
+    seen: list[AttentionInputs] = []
     kept = block.product
-    block.product = _ObservedProduct(lambda V, P: seen.append((V, P)), maps, qk_grid)
+    block.product = _ReadProduct(seen.append)
     try:
         with suppress(_Seen):
             block(x, ctx)

@@ -12,6 +12,7 @@ from dllmq.diffusion.sampler import (
     generate,
     state_confidence,
 )
+from dllmq.diffusion.settings import check_sampler
 
 __all__ = [
     "Generation",
@@ -19,6 +20,7 @@ __all__ = [
     "SamplerConfig",
     "Step",
     "apply",
+    "check_sampler",
     "denoise",
     "generate",
     "greedy_match",

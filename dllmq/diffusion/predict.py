@@ -7,6 +7,10 @@ prompt and its padding) is replaced by the mask, generated tokens stay. With c, 
 
 so cfg_scale = 1.5 weighs the conditional copy by 2.5 (ML-GSAI/LLaDA's convention).
 
+Dream predicts token i at column i - 1 (`config.shifted_logits`). Its hidden states are moved here, once, so
+that column i of what this file returns is the prediction of token i for every model. A row's first token has
+no column before it and is read at its own (Dream's code reads the last pad where there is one).
+
 The LM head of LLaDA is 4096 x 126464: at all positions of a canvas it costs as much as several blocks. So the
 transformer and the head are called separately, and the head only sees the positions somebody reads, `CHUNK`
 positions at a time (about 130 MB of float32 at that vocabulary).
@@ -26,8 +30,9 @@ CHUNK = 256  # positions per call of the LM head
 class MaskPredictor(Protocol):
     """A bidirectional model that predicts x_0 at every position of x_t.
 
-    `config` has mask_token_id and, where known, eos_token_id and eot_token_id. `model(x, mask)` gives the raw
-    logits of all positions and equals `model.head(model.hidden_states(x, mask))`.
+    `config` has mask_token_id and, where known, eos_token_id and eot_token_id; a true `shifted_logits` where
+    logits at column i predict token i + 1. `model(x, mask)` gives the raw logits of all columns and equals
+    `model.head(model.hidden_states(x, mask))`.
     """
 
     config: Any
@@ -47,12 +52,29 @@ def hidden_states(
     given: Bool[Tensor, "B L"],
     cfg_scale: float,
 ) -> tuple[Float[Tensor, "B L d"], ...]:
-    """Runs the transformer once: (conditional,), or (conditional, unconditional) when cfg_scale > 0."""
+    """Runs the transformer once: (conditional,), or (conditional, unconditional) when cfg_scale > 0.
+
+    Column i predicts token i.
+    """
     if cfg_scale == 0:
-        return (model.hidden_states(x, attention_mask),)
+        return (_aligned(model, model.hidden_states(x, attention_mask), attention_mask),)
     unconditional = x.masked_fill(given, model.config.mask_token_id)
     pair_mask = None if attention_mask is None else torch.cat([attention_mask, attention_mask])
-    return tuple(model.hidden_states(torch.cat([x, unconditional]), pair_mask).chunk(2))
+    pair = model.hidden_states(torch.cat([x, unconditional]), pair_mask)
+    return tuple(_aligned(model, pair, pair_mask).chunk(2))
+
+
+def _aligned(
+    model: MaskPredictor, h: Float[Tensor, "B L d"], attention_mask: Shaped[Tensor, "B L"] | None
+) -> Float[Tensor, "B L d"]:
+    """h itself, or for a model with shifted logits h moved one column to the right."""
+    if not getattr(model.config, "shifted_logits", False):
+        return h
+    previous = torch.cat([h[:, :1], h[:, :-1]], dim=1)
+    if attention_mask is None:
+        return previous
+    first = (attention_mask != 0) & ((attention_mask != 0).cumsum(1) == 1)
+    return torch.where(first[..., None], h, previous)
 
 
 def logits_at(

@@ -1,4 +1,6 @@
-"""The reverse process of LLaDA as an iterator of steps; everything that denoises reads this one loop.
+"""The reverse process as an iterator of steps; everything that denoises reads `denoise`.
+
+LLaDA's process is this file's loop, Dream's is in dream_sampler.py. LLaDA's:
 
     x = prompt + gen_length masks
     for each block, for each of its steps:
@@ -40,7 +42,7 @@ from torch import Tensor
 
 from dllmq.diffusion.predict import MaskPredictor, at_least_float32, hidden_states, logits_at
 from dllmq.diffusion.process import tokens_per_step, uniform
-from dllmq.diffusion.settings import SamplerConfig
+from dllmq.diffusion.settings import SamplerConfig, check_sampler
 
 OBSERVE = ("committable", "masked", "all")
 Leave = Callable[[Int[Tensor, "b gen"]], Bool[Tensor, " b"]]
@@ -59,7 +61,7 @@ class Step:
         observed: where the model's output was read.
         prediction: x0 where observed, x_t elsewhere. Noise (T > 0) only reaches the committable positions.
         score: the confidence, softmax probability of the prediction (guided, noiseless, after the EOS flags);
-            what low_confidence ranks by, also reported under random. 0 where not observed.
+            what low_confidence ranks by, also reported under the others. 0 where not observed.
         committed: what apply() turns from a mask into a token; a slot spent on a predicted mask id is not.
         forwards: model calls so far, this one included; a CFG pair is one.
         rows: which rows of the prompt batch these are; fewer once rows have left.
@@ -138,24 +140,31 @@ def denoise(
             is drawn for the whole batch: temperature > 0 and random remasking.
 
     Raises:
-        ValueError: unknown `observe`, an attention mask of another shape or not left-padded, or an EOS flag
-            for a model whose config does not name these tokens.
+        ValueError: unknown `observe`, an attention mask of another shape or not left-padded, a process that
+            is not the model's, or an EOS flag for a model whose config does not name these tokens.
         FloatingPointError: the model returned NaN.
     """
     if observe not in OBSERVE:
         raise ValueError(f"Unknown observe={observe}: use {', '.join(OBSERVE)}.")
+    check_sampler(model.config, config)
     if attention_mask is not None:
         attention_mask = _canvas_mask(attention_mask, prompt_ids, config.gen_length, model.device)
     mask_id = model.config.mask_token_id
     x = torch.nn.functional.pad(prompt_ids.to(model.device), (0, config.gen_length), value=mask_id)
+    forward = FullForward(model, x != mask_id, attention_mask, config.cfg_scale)
+    leave = _nobody if leave is None else leave
+    if config.dream:
+        from dllmq.diffusion.dream_sampler import dream_process  # which reads Step and Canvas from here
+
+        return dream_process(model, config, forward, generator, observe, keep_logits, leave).run(x)
     process = _ReverseProcess(
         config=config,
         mask_id=mask_id,
-        forward=FullForward(model, x != mask_id, attention_mask, config.cfg_scale),
+        forward=forward,
         commit=TopK(config.steps_per_block),
         read=_Reader(model, config, _flag_ids(model, config), generator, keep_logits),
         observe=observe,
-        leave=_nobody if leave is None else leave,
+        leave=leave,
     )
     return process.run(x)
 
@@ -169,10 +178,11 @@ def state_confidence(
     where: Bool[Tensor, "B L"],
     config: SamplerConfig,
 ) -> Float[Tensor, "B L"]:
-    """The confidence `denoise` would have in its prediction for a state, at `where`; 0 elsewhere.
+    """The confidence `denoise` would have in its noiseless prediction for a state, at `where`; 0 elsewhere.
 
     Args:
         x: x_t; attention_mask: 0 at pads; given: what guidance masks (prompt and pads).
+        where: at least one position.
     """
     device = model.device
     x, given, where = x.to(device), given.to(device), where.to(device)
@@ -180,6 +190,15 @@ def state_confidence(
     hidden = hidden_states(model, x, mask, given, config.cfg_scale)
     read = _Reader(model, replace(config, temperature=0.0), _flag_ids(model, config), None, keep_logits=False)
     return read(x, hidden, where, where)[1]
+
+
+def refuse_nan(confidence: Float[Tensor, "B L"], index: int, config: SamplerConfig) -> None:
+    """Raises FloatingPointError where the model returned NaN at the step of this index."""
+    if bool(confidence.isnan().any()):
+        raise FloatingPointError(
+            f"The model returned NaN at denoising step {index + 1} of {config.steps}: check the "
+            "checkpoint and the quantization (a scale of 0 or inf), or run in float32."
+        )
 
 
 def _nobody(generated: Int[Tensor, "b gen"]) -> Bool[Tensor, " b"]:
@@ -236,7 +255,7 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class _Canvas:
+class Canvas:
     """The state between two steps: x_t of the rows that are left, which rows these are, what runs them."""
 
     x: Int[Tensor, "B L"]
@@ -244,7 +263,7 @@ class _Canvas:
     forward: Forward
     forwards: int
 
-    def keep(self, stay: Bool[Tensor, " B"]) -> "_Canvas":
+    def keep(self, stay: Bool[Tensor, " B"]) -> "Canvas":
         return replace(self, x=self.x[stay], rows=self.rows[stay], forward=self.forward.keep(stay))
 
 
@@ -261,7 +280,7 @@ class _ReverseProcess:
     leave: Leave
 
     def run(self, x: Int[Tensor, "B L"]) -> Iterator[Step]:
-        c, canvas = self.config, _Canvas(x, torch.arange(len(x), device=x.device), self.forward, 0)
+        c, canvas = self.config, Canvas(x, torch.arange(len(x), device=x.device), self.forward, 0)
         for block in range(c.num_blocks):
             end = x.shape[1] - c.gen_length + (block + 1) * c.block_length
             in_block = canvas.x[:, end - c.block_length : end] == self.mask_id
@@ -282,7 +301,7 @@ class _ReverseProcess:
     # On the step, not on the generator: there the mode would leak to the consumer between two steps. And not
     # inference_mode: states are used, and may be changed, outside.
     @torch.no_grad()
-    def _step(self, canvas: "_Canvas", block: int, i: int, end: int, count: Int[Tensor, " B"]) -> Step:
+    def _step(self, canvas: "Canvas", block: int, i: int, end: int, count: Int[Tensor, " B"]) -> Step:
         x = canvas.x
         index = block * self.config.steps_per_block + i
         masked = x == self.mask_id
@@ -291,11 +310,7 @@ class _ReverseProcess:
             self.observe
         ]
         prediction, confidence, logits = self.read(x, canvas.forward(x, block, i), committable, observed)
-        if bool(confidence.isnan().any()):
-            raise FloatingPointError(
-                f"The model returned NaN at denoising step {index + 1} of {self.config.steps}: check the "
-                "checkpoint and the quantization (a scale of 0 or inf), or run in float32."
-            )
+        refuse_nan(confidence, index, self.config)
         draw = self._random_key(x)
         chosen = self.commit(confidence if draw is None else draw, committable, count)
         return Step(

@@ -3,27 +3,41 @@
 import difflib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 REMASKING = ("low_confidence", "random")
 DREAM_REMASKING = ("origin", "maskgit_plus", "topk_margin", "entropy")
+# Options that only one of the two processes has, with their neutral values.
+_LLADA_ONLY = {"cfg_scale": 0.0, "logits_eos_inf": False, "confidence_eos_eot_inf": False}
+_DREAM_ONLY = {"alg_temp": None, "top_p": None, "top_k": None, "eps": 1e-3}
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
     """How to denoise. Invalid values raise ValueError at construction.
 
+    `remasking` names the process, LLaDA's (sampler.py) or Dream's (dream_sampler.py); an option of the other
+    one is refused.
+
     Attributes:
         gen_length: tokens to generate; a multiple of block_length.
         steps: denoising steps in total; a multiple of gen_length / block_length.
-        block_length: blocks are finished from left to right; gen_length = one block, fully parallel.
-        temperature: 0 is greedy; > 0 adds Gumbel noise to the logits.
-        cfg_scale: classifier-free guidance; 0 is off.
-        remasking: which predictions are kept: low_confidence (the most confident) | random.
-        alg_temp, top_p, top_k, eps: Dream's; not available yet.
+        block_length: blocks are finished from left to right; gen_length = one block, fully parallel. Dream's
+            process has no blocks: it becomes gen_length.
+        temperature: 0 is greedy; > 0 samples. Dream's also divides the logits that confidences come from.
+        cfg_scale: LLaDA's: classifier-free guidance; 0 is off.
+        remasking: which predictions are kept. LLaDA's: low_confidence (the most confident) | random. Dream's:
+            origin (every mask with the schedule's probability) | maskgit_plus (highest probability) |
+            topk_margin (largest lead over the second) | entropy (lowest entropy).
+        alg_temp: Dream's: None or 0 keeps the highest confidences; > 0 draws with probabilities
+            softmax(confidence / alg_temp).
+        top_p, top_k: Dream's: predict from the most likely tokens only, those that make up top_p, the first
+            top_k.
+        eps: Dream's: where the time steps from 1 end.
         cache: none (prefix | dual: not available yet).
         threshold: None (confidence-threshold decoding: not available yet).
-        logits_eos_inf: never predict EOS.
-        confidence_eos_eot_inf: commit EOS and EoT last.
+        logits_eos_inf: LLaDA's: never predict EOS.
+        confidence_eos_eot_inf: LLaDA's: commit EOS and EoT last.
     """
 
     gen_length: int = 32
@@ -42,13 +56,21 @@ class SamplerConfig:
     confidence_eos_eot_inf: bool = False
 
     def __post_init__(self) -> None:
+        if self.dream:
+            self._drop_blocks()
         self._check_schedule()
         for name in ("temperature", "cfg_scale"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number >= 0; got {value}.")
         self._check_remasking()
+        self._check_options()
         self._check_unavailable()
+
+    @property
+    def dream(self) -> bool:
+        """Whether `remasking` names Dream's process."""
+        return self.remasking in DREAM_REMASKING
 
     @property
     def num_blocks(self) -> int:
@@ -61,7 +83,16 @@ class SamplerConfig:
     @property
     def deterministic(self) -> bool:
         """Whether no noise is drawn."""
-        return self.temperature == 0 and self.remasking == "low_confidence"
+        ranked = self.remasking not in ("random", "origin")
+        return self.temperature == 0 and ranked and not self.alg_temp
+
+    def _drop_blocks(self) -> None:
+        if self.block_length not in (self.gen_length, SamplerConfig.block_length):
+            raise ValueError(
+                f"remasking={self.remasking} is Dream's, which has no blocks: leave block_length out or give "
+                f"gen_length={self.gen_length}; got block_length={self.block_length}."
+            )
+        object.__setattr__(self, "block_length", self.gen_length)
 
     def _check_schedule(self) -> None:
         for name in ("gen_length", "steps", "block_length"):
@@ -79,21 +110,64 @@ class SamplerConfig:
             )
 
     def _check_remasking(self) -> None:
-        allowed = "use " + " or ".join(REMASKING)
-        if self.remasking in DREAM_REMASKING:
-            raise ValueError(f"remasking={self.remasking} is Dream's and not available yet: {allowed}.")
-        if self.remasking not in REMASKING:
-            close = difflib.get_close_matches(self.remasking, REMASKING, n=1)
+        known = (*REMASKING, *DREAM_REMASKING)
+        if self.remasking not in known:
+            close = difflib.get_close_matches(self.remasking, known, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
-            raise ValueError(f"Unknown remasking={self.remasking}: {allowed}.{hint}")
+            raise ValueError(
+                f"Unknown remasking={self.remasking}: with Dream use {_either(DREAM_REMASKING)}, with LLaDA "
+                f"use {_either(REMASKING)}.{hint}"
+            )
+
+    def _check_options(self) -> None:
+        """Options of the other process, and the ranges of Dream's."""
+        foreign, owner, own = (
+            (_LLADA_ONLY, "LLaDA", "Dream") if self.dream else (_DREAM_ONLY, "Dream", "LLaDA")
+        )
+        for name, neutral in foreign.items():
+            if (value := getattr(self, name)) != neutral:
+                raise ValueError(
+                    f"{name}={value} is an option of {owner}'s sampler, but remasking={self.remasking} is "
+                    f"{own}'s: leave {name} at {neutral}."
+                )
+        if self.alg_temp is not None and not (math.isfinite(self.alg_temp) and self.alg_temp >= 0):
+            raise ValueError(f"alg_temp must be None or a finite number >= 0; got {self.alg_temp}.")
+        if self.alg_temp and self.remasking == "origin":
+            raise ValueError(
+                f"alg_temp={self.alg_temp} has no effect with remasking=origin, which ranks nothing: leave "
+                "alg_temp at None."
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be None or a number in (0, 1]; got {self.top_p}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be None or an integer >= 1; got {self.top_k}.")
+        if not 0 <= self.eps < 1:
+            raise ValueError(f"eps must be a number in [0, 1); got {self.eps}.")
 
     def _check_unavailable(self) -> None:
         if self.cache != "none":
             raise ValueError(f"cache={self.cache} is not available: the only cache is none.")
         if self.threshold is not None:
             raise ValueError(f"threshold={self.threshold} is not available yet: leave it None (null).")
-        for name, neutral in (("alg_temp", None), ("top_p", None), ("top_k", None), ("eps", 1e-3)):
-            if (value := getattr(self, name)) != neutral:
-                raise ValueError(
-                    f"{name}={value} is an option of Dream, not available yet: leave it at {neutral}."
-                )
+
+
+def check_sampler(model_config: Any, sampler: SamplerConfig) -> None:
+    """Whether the sampler's process is the model's: Dream's where logits are shifted, LLaDA's elsewhere.
+
+    Args:
+        model_config: the model's config; `shifted_logits` is true for Dream.
+
+    Raises:
+        ValueError: it is the other one's.
+    """
+    shifted = bool(getattr(model_config, "shifted_logits", False))
+    if sampler.dream == shifted:
+        return
+    own, owner, this = (DREAM_REMASKING, "LLaDA", "is a") if shifted else (REMASKING, "Dream", "is no")
+    raise ValueError(
+        f"remasking={sampler.remasking} is {owner}'s, but this model {this} Dream model: use {_either(own)}."
+    )
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"

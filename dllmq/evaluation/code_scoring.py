@@ -8,14 +8,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from dllmq.evaluation.sandbox import run_programs
+from dllmq.evaluation.sandbox import Program, run_programs
 
 Doc = Mapping[str, Any]
 
 
-def program(doc: Doc, response: str) -> str:
-    """The program that judges a response to a problem in HumanEval's schema."""
-    return f"{doc['prompt']}{response}\n{doc['test']}\ncheck({doc['entry_point']})\n"
+def program(doc: Doc, response: str) -> Program:
+    """A response to a problem in HumanEval's schema, with the test that judges it.
+
+    The test may use what the prompt defines (imports, helper functions), as the dataset wrote it.
+    """
+    return Program(
+        source=f"{doc['prompt']}{response}\n",
+        test=f"{doc['test']}\ncheck({doc['entry_point']})\n",
+        entry_point=doc["entry_point"],
+        prelude=doc["prompt"],
+    )
 
 
 def run_tests(responses: Iterable[list[str]], docs: Iterable[Doc]) -> list[list[dict[str, str]]]:

@@ -8,9 +8,9 @@ a = 128 - z_x, d = 128 - z_w,
 
     sum (q_x - z_x)(q_w - z_w) = sum c_x c_w + d sum c_x + a (sum c_w + I d)
 
-The accumulators are exact; the output differs from the definition (dequantize, then multiply in floating
-point) only by the rounding of its two scalings. What it costs depends on the processor: with VNNI the product
-is 5 to 9 times as fast as in fp32.
+The accumulators are exact for 2 to 33,025 inputs; the output differs from the definition (dequantize, then
+multiply in floating point) only by the rounding to fp32: of the accumulator, its two scalings and the bias.
+What it costs depends on the processor: with VNNI the product is 5 to 9 times as fast as in fp32.
 
 Legend: T tokens, I inputs, O outputs; q codes, z zero, s scale.
 """
@@ -27,6 +27,7 @@ from torch import Tensor
 from dllmq.numerics import Grid, Params, QuantizedTensor, fit, quantize
 
 MOVED = 128
+INPUTS = range(2, 33_026)  # more could overflow: 33,025 * 255^2 < 2^31; torch._int_mm is wrong for one
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,10 @@ def int8_linear(x: Operand, w: Operand, bias: Tensor | None = None) -> Float[Ten
     return y if bias is None else y.add_(bias)
 
 
-def supports(weight: Grid, inputs: Grid | None) -> bool:
+def supports(weight: Grid, inputs: Grid | None, I: int) -> bool:
     """One scale per token and per output channel (or weight tensor); both sides quantized."""
-    return inputs is not None and inputs.group_size == -1 and weight.group_size in (-1, 0)
+    by_row = inputs is not None and inputs.group_size == -1 and weight.group_size in (-1, 0)
+    return by_row and I in INPUTS
 
 
 @cache

@@ -9,6 +9,7 @@ per token and head, dynamically, after RoPE.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dllmq.numerics import Grid, Params, fake_quant
+
+MAX_MAP = 2**24  # elements of an attention map held at once: 64 MiB in fp32
 
 
 def repeat_kv(x: Float[Tensor, "B kv L h"], heads: int) -> Float[Tensor, "B heads L h"]:
@@ -65,11 +68,24 @@ class QuantizedProduct(AttentionProduct):
 
     def __call__(self, Q: Tensor, K: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
         Q, K = quantize_queries_keys(Q, K, self.qk_grid)
-        K, V = repeat_kv(K, Q.shape[1]), repeat_kv(quantize_values(V, self.v_grid, self.v_params), Q.shape[1])
-        P = attention_map(Q, K, bias)
-        if self.p_grid is not None:
-            P = quantize_map(P, self.p_grid)
-        return P @ V
+        V = quantize_values(V, self.v_grid, self.v_params)
+        if self.p_grid is None:
+            return super().__call__(Q, K, V, bias)
+        V = repeat_kv(V, Q.shape[1])
+        mixed = [quantize_map(P, self.p_grid) @ V for P in attention_maps(Q, K, bias)]
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=2)
+
+
+def attention_maps(Q: Tensor, K: Tensor, bias: Tensor | None) -> Iterator[Float[Tensor, "B heads q L"]]:
+    """The attention map in pieces of consecutive queries, at most MAX_MAP elements each (one query at least).
+
+    Args:
+        Q: [B, heads, Q, h]; K: [B, kv_heads, L, h].
+    """
+    K = repeat_kv(K, Q.shape[1])
+    queries = max(1, MAX_MAP // (Q.shape[0] * Q.shape[1] * K.shape[2]))
+    for piece in Q.split(queries, dim=2):
+        yield attention_map(piece, K, bias)
 
 
 def quantize_queries_keys(Q: Tensor, K: Tensor, grid: Grid | None) -> tuple[Tensor, Tensor]:

@@ -45,27 +45,29 @@ class InputQuantizer:
     def __init__(self, grid: Grid | None, readers: int = 1) -> None:
         self.grid, self.readers = grid, readers
         self._source: Tensor | None = None
-        self._state: tuple[int, Any] = (0, None)
-        self._left = 0
+        self._key, self._value, self._left = ("", 0), None, 0
 
     def fake(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... I"]:
         """Deq(Q_a(x))."""
         grid = self.grid
-        return x if grid is None else self._once(x, lambda: fake_quant(x, grid))
+        return x if grid is None else self._once(x, "fake", lambda: fake_quant(x, grid))
 
     def packed(self, x: Float[Tensor, "... I"]) -> cpu_int8.Operand:
         """Codes and scales of x's tokens."""
         grid = self.grid
         assert grid is not None, "a packed product has a quantized input"
-        return self._once(x, lambda: cpu_int8.input_operand(x.flatten(0, -2), grid))
+        return self._once(x, "packed", lambda: cpu_int8.input_operand(x.reshape(-1, x.shape[-1]), grid))
 
-    def _once(self, x: Tensor, make: Callable[[], Any]) -> Any:
-        if self._source is not x or self._state[0] != x._version:
-            self._source, self._state, self._left = x, (x._version, make()), self.readers
-        value = self._state[1]
+    def _once(self, x: Tensor, kind: str, make: Callable[[], Any]) -> Any:
+        if self.readers == 1 or x.is_inference():  # inference tensors do not tell when they are changed
+            return make()
+        key = (kind, x._version)
+        if self._source is not x or self._key != key:
+            self._source, self._key, self._value, self._left = x, key, make(), self.readers
+        value = self._value
         self._left -= 1
         if self._left <= 0:
-            self._source, self._state = None, (0, None)
+            self._source = self._value = None
         return value
 
 
@@ -102,18 +104,23 @@ class QuantLinear(nn.Module):
         if self.packed is None:
             return linear(self.inputs.fake(x), self.weight, self.bias)
         y = cpu_int8.int8_linear(self.inputs.packed(x), self.packed, self.bias)
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
     def can_pack(self) -> bool:
         """Whether the packed backend takes these grids on this device."""
         on_cpu = self.weight.device.type == "cpu" and self.quantized.group_index is None
-        return on_cpu and cpu_int8.supports(self.quantized.grid, self.inputs.grid)
+        I = self.weight.shape[1]
+        return on_cpu and cpu_int8.supports(self.quantized.grid, self.inputs.grid, I)
 
     @torch.no_grad()
     def pack(self) -> None:
         """Changes to the packed backend."""
         assert self.can_pack(), f"the packed backend does not take {self}"
         self.packed = cpu_int8.weight_operand(self.quantized)
+
+    def unpack(self) -> None:
+        """Changes back to the fake backend."""
+        self.packed = None
 
     @torch.no_grad()
     def scale_rows(self, factor: Float[Tensor, " O"]) -> None:

@@ -25,8 +25,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dllmq.kernels.cpu_linear import linear
 from dllmq.models.attention import AttentionProduct
 from dllmq.models.base import Block, BlockContext, GroupRow, Topology, padding_bias
+from dllmq.models.linear import Linear
 
 TOPOLOGY = Topology(
     groups=(
@@ -200,13 +202,13 @@ class LLaDABlock(Block):
         self.config = config
         self.attn_norm = RMSNorm(d, config.rms_norm_eps)
         self.ff_norm = RMSNorm(d, config.rms_norm_eps)
-        self.q_proj = nn.Linear(d, d, bias=False)
-        self.k_proj = nn.Linear(d, kv, bias=False)
-        self.v_proj = nn.Linear(d, kv, bias=False)
-        self.attn_out = nn.Linear(d, d, bias=False)
-        self.ff_proj = nn.Linear(d, f, bias=False)
-        self.up_proj = nn.Linear(d, f, bias=False)
-        self.ff_out = nn.Linear(f, d, bias=False)
+        self.q_proj = Linear(d, d, bias=False)
+        self.k_proj = Linear(d, kv, bias=False)
+        self.v_proj = Linear(d, kv, bias=False)
+        self.attn_out = Linear(d, d, bias=False)
+        self.ff_proj = Linear(d, f, bias=False)
+        self.up_proj = Linear(d, f, bias=False)
+        self.ff_out = Linear(f, d, bias=False)
         self.product = AttentionProduct()
 
     def forward(self, x: Float[Tensor, "B L d"], ctx: BlockContext) -> Float[Tensor, "B L d"]:
@@ -215,7 +217,7 @@ class LLaDABlock(Block):
 
     def project(self, h: Float[Tensor, "B L d"], ctx: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values: [B, heads, L, head_dim] each (kv heads for the last two)."""
-        Q, K, V = (self._heads(linear(h)) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        Q, K, V = (self._heads(project(h)) for project in (self.q_proj, self.k_proj, self.v_proj))
         full = self.config.rope_full_precision
         return rotate(Q, ctx.sin, ctx.cos, full), rotate(K, ctx.sin, ctx.cos, full), V
 
@@ -245,7 +247,7 @@ class LLaDA(nn.Module):
             "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
         }
         if not config.weight_tying:
-            transformer["ff_out"] = nn.Linear(config.d_model, config.logit_size, bias=False)
+            transformer["ff_out"] = Linear(config.d_model, config.logit_size, bias=False)
         self.model = nn.ModuleDict({"transformer": nn.ModuleDict(transformer)})
 
     @property
@@ -287,7 +289,7 @@ class LLaDA(nn.Module):
 
     def head(self, h: Float[Tensor, "... d"]) -> Float[Tensor, "... E"]:
         weight = self.transformer["wte" if self.config.weight_tying else "ff_out"].weight
-        return F.linear(h, weight)  # type: ignore[arg-type]
+        return linear(h, weight)  # type: ignore[arg-type]
 
     def context(self, length: int, attention_mask: Tensor | None = None) -> BlockContext:
         """What all blocks share in a forward over `length` columns."""

@@ -90,8 +90,9 @@ def _effect(sweep: Sweep, effect: Effect) -> dict[str, Any]:
 
 
 def _main_effect(effect: MainEffect) -> dict[str, Any]:
-    names = ("toggle", "method", "task", "metric", "twins", "verdict")
-    return {**{name: getattr(effect, name) for name in names}, **_plain(effect.delta)}
+    names = ("toggle", "method", "placebo", "task", "metric", "twins", "verdict", "runs_p")
+    own = {name: getattr(effect, name) for name in names} | {"runs": _plain(effect.runs)}
+    return own | _plain(effect.delta)
 
 
 def _plain(value: Any) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from dllmq.evaluation.statistics import Estimate
 from dllmq.report.compare import Delta
 from dllmq.report.groups import Mean, is_share, lower_is_better
 from dllmq.report.table import EMPTY, Cell, Tone
@@ -37,6 +40,15 @@ def delta_cell(d: Delta | None, metric: str) -> Cell:
     else:
         text = compact = value + mark
     return Cell(text, _tone(d, metric), compact=compact, sort=d.value)
+
+
+def runs_cell(runs: Estimate, metric: str) -> Cell:
+    """`mean ± stderr (runs)`, in points or nats."""
+    value = _signed_in(metric, runs.value, 3)
+    if not math.isfinite(runs.stderr):
+        return Cell(f"{value} ({runs.n})", sort=runs.value)
+    error = kl_text(runs.stderr, 2) if metric == "kl" else _number(runs.stderr, is_share(metric))
+    return Cell(f"{value} ± {error} ({runs.n})", compact=f"{value}±{error}", sort=runs.value)
 
 
 def _tone(d: Delta, metric: str) -> Tone:

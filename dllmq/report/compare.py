@@ -16,7 +16,14 @@ from functools import lru_cache
 
 import numpy as np
 
-from dllmq.evaluation.statistics import bootstrap_interval, holm, mcnemar, mean_stderr, sign_flip_p
+from dllmq.evaluation.statistics import (
+    Estimate,
+    bootstrap_interval,
+    holm,
+    mcnemar,
+    mean_stderr,
+    sign_flip_p,
+)
 from dllmq.report.groups import (
     Group,
     Measure,
@@ -95,6 +102,13 @@ class MainEffect:
     """What a switch changed on average: per problem over all its twin pairs, of one method or of all.
 
     `task` is "KL" for the KL to full precision, with n counting prompts.
+
+    Attributes:
+        delta: speaks about new problems.
+        runs: the mean over matched runs (twin pairs x seeds) with the standard error that their own spread
+            gives, n counting them: two quantizations that should not differ do, and problems cannot tell.
+        runs_p: two-sided sign-flip permutation over the runs.
+        placebo: the pairs are those in which the switch is inert, so that all there is to see is noise.
     """
 
     toggle: str
@@ -103,12 +117,17 @@ class MainEffect:
     metric: str
     twins: int
     delta: Delta
+    runs: Estimate
+    runs_p: float
+    placebo: bool = False
 
     @property
     def verdict(self) -> str:
-        """Helps or hurts where the corrected p is below 0.05, otherwise no difference shown."""
+        """Helps or hurts where corrected p over problems and p over runs are below 0.05."""
+        if self.placebo:
+            return "placebo"
         p = self.delta.p_holm
-        if p is None or p >= ALPHA or self.delta.value == 0:
+        if p is None or p >= ALPHA or self.runs_p >= ALPHA or self.delta.value == 0:
             return "no difference shown"
         return "helps" if (self.delta.value > 0) != lower_is_better(self.metric) else "hurts"
 
@@ -227,24 +246,44 @@ def main_effects(sweep: Sweep) -> list[MainEffect]:
     """Each switch with two twin pairs or more: over all methods, then over each method that has two.
 
     A problem's differences are averaged over the pairs and their seeds before anything is tested, so a pair
-    is no extra problem. Pairs in which the switch is inert are left out. p-values are Holm-corrected over
-    all of these on the tasks; those of KL on their own.
+    is no extra problem. Pairs in which the switch is inert make rows of their own, a placebo. p-values are
+    Holm-corrected over all other rows on the tasks; those of KL on their own.
     """
     found = []
-    measures = [(t, Measure(t, m)) for t, m in tasks(sweep).items()] + [("KL", Measure(None, "kl"))]
-    every = effects(sweep)
     for toggle in varying_toggles(sweep):
-        active = [e for e in every if e.toggle == toggle and not e.inert]
+        own = [e for e in effects(sweep) if e.toggle == toggle]
+        active, inert = [e for e in own if not e.inert], [e for e in own if e.inert]
         methods = list(dict.fromkeys(str(e.group.axes.get("method")) for e in active))
         for method in (None, *(methods if len(methods) > 1 else ())):
             pairs = [e for e in active if method in (None, str(e.group.axes.get("method")))]
-            for task, measure in measures if len(pairs) > 1 else ():
-                if d := _averaged(pairs, measure):
-                    found.append(MainEffect(toggle, method, task, measure.metric, len(pairs), d))
-    scores, kls = (
-        iter(_corrected([e.delta for e in found if (e.task == "KL") == kl])) for kl in (False, True)
-    )
-    return [replace(e, delta=next(kls if e.task == "KL" else scores)) for e in found]
+            found += _main_effects_of(sweep, toggle, method, pairs)
+        found += [replace(e, placebo=True) for e in _main_effects_of(sweep, toggle, None, inert)]
+    families = {
+        kl: iter(_corrected([e.delta for e in found if not e.placebo and (e.task == "KL") == kl]))
+        for kl in (False, True)
+    }
+    return [e if e.placebo else replace(e, delta=next(families[e.task == "KL"])) for e in found]
+
+
+def _main_effects_of(
+    sweep: Sweep, toggle: str, method: str | None, pairs: Sequence[Effect]
+) -> list[MainEffect]:
+    """On every task and in KL, over two twin pairs or more."""
+    measures = [(t, Measure(t, m)) for t, m in tasks(sweep).items()] + [("KL", Measure(None, "kl"))]
+    found = []
+    for task, measure in measures if len(pairs) > 1 else ():
+        if d := _averaged(pairs, measure):
+            by_run = _run_differences(pairs, measure)
+            runs, p = mean_stderr(by_run), sign_flip_p(by_run)
+            found.append(MainEffect(toggle, method, task, measure.metric, len(pairs), d, runs, p))
+    return found
+
+
+def _run_differences(twins: Sequence[Effect], measure: Measure) -> np.ndarray:
+    """The mean difference of every matched pair of runs, [twin pairs x seeds]."""
+    pairs = [pair for e in twins for pair in matched(e.group, e.twin)]
+    found = [d for pair in pairs if (d := _differences([pair], measure)) is not None]
+    return np.array([float(d[np.isfinite(d)].mean()) for d in found])
 
 
 def _averaged(twins: Sequence[Effect], measure: Measure) -> Delta | None:

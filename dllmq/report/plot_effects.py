@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from matplotlib.axes import Axes
 
@@ -32,7 +33,8 @@ def _rows(main: list[MainEffect], single: list[Effect], task: str) -> Rows:
     """Main effects; a method with a single twin pair has that pair's effect as its row."""
     rows: Rows = []
     for toggle in dict.fromkeys(e.toggle for e in single):
-        averaged = {e.method: e.delta for e in main if (e.toggle, e.task) == (toggle, task)}
+        of_toggle = [e for e in main if (e.toggle, e.task) == (toggle, task)]
+        averaged = {e.method: _shown(e) for e in of_toggle if not e.placebo}
         own: dict[str, list[Delta | None]] = {}
         for e in single:
             if e.toggle == toggle:
@@ -44,7 +46,13 @@ def _rows(main: list[MainEffect], single: list[Effect], task: str) -> Rows:
             delta = averaged.get(method) or (deltas[0] if len(deltas) == 1 else None)
             if delta is not None:
                 rows.append((toggle, method, delta))
+        rows += [(toggle, "placebo", _shown(e)) for e in of_toggle if e.placebo]
     return rows
+
+
+def _shown(effect: MainEffect) -> Delta:
+    """The difference, its p that of the verdict."""
+    return effect.delta if effect.verdict in ("helps", "hurts") else replace(effect.delta, p_holm=1.0)
 
 
 def _draw(axis: Axes, rows: Rows, scale: int) -> None:
@@ -69,4 +77,6 @@ def _caption(metric: str, rows: Rows) -> str:
     text = f"Switch on − off, paired by {what}, with the 95 % bootstrap interval over {what}s."
     if any(d.low is None for _, _, d in rows):
         text += f" Dotted: two standard errors where no values per {what} were recorded."
-    return text + " Filled: p < 0.05 after Holm's correction."
+    if any(method == "placebo" for _, method, _ in rows):
+        text += " Placebo: pairs in which the switch is inert."
+    return text + " Filled: p < 0.05 after Holm's correction, and over runs where there are several."

@@ -139,7 +139,20 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
 def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> Path:
     """Write obj (see `to_plain`) as JSON to path, whole or not at all; NaN and infinity become null."""
     plain = obj.to_json() if isinstance(obj, RunRecord) else to_plain(obj)
-    return write_text_atomic(path, json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return write_text_atomic(path, json_text(plain) + "\n")
+
+
+def json_text(plain: Any, indent: str = "") -> str:
+    """Indented JSON in which a list of plain values stays on one line: a thousand scores are one line."""
+    inner = indent + "  "
+    if isinstance(plain, dict) and plain:
+        items = (
+            f"{inner}{json.dumps(k, ensure_ascii=False)}: {json_text(v, inner)}" for k, v in plain.items()
+        )
+        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
+    if isinstance(plain, list) and any(isinstance(v, (dict, list)) for v in plain):
+        return "[\n" + ",\n".join(f"{inner}{json_text(v, inner)}" for v in plain) + f"\n{indent}]"
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False)
 
 
 def redact(config: Any) -> Any:

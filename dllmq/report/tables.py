@@ -18,6 +18,7 @@ from dllmq.report.cells import (
     number_cell,
     p_cell,
     p_text,
+    runs_cell,
     score_cell,
     signed,
 )
@@ -323,13 +324,21 @@ def main_effects_table(sweep: Sweep) -> Table:
         Column("measured on", KEEP, numeric=False),
         Column("Δ [95 %]", KEEP),
         Column("Holm p", 10),
+        Column("over runs", 12),
+        Column("runs p", 14),
         Column("verdict", KEEP, numeric=False),
     ]
     notes = (
         "A problem's differences (on − off) are averaged over the twin pairs and their seeds, then tested by "
-        "sign-flip permutation: pairs add no problems. Pairs in which the switch is inert are left out.",
-        "Verdict: helps or hurts where p < .05 after Holm's correction for all scores in this table (KL: for "
-        "its own rows), otherwise no difference shown, which is not the same as no difference.",
+        "sign-flip permutation: pairs add no problems.",
+        "Over runs: mean ± standard error over the matched pairs of runs (in brackets), p by sign-flip "
+        "permutation over them. Low-bit quantization is chaotic: a weight's last digit moves scores, and "
+        "problems alone cannot tell that from an effect.",
+        "Placebo: pairs in which the switch has no effect (its weights are one constant), so what they show "
+        "is that noise.",
+        "Verdict: helps or hurts where p < .05 both over problems, after Holm's correction for all scores in "
+        "this table (KL: for its own rows), and over runs; otherwise no difference shown, which is not the "
+        "same as no difference.",
     )
     return Table("Effect of each switch on average", tuple(columns), rows, notes if rows else ())
 
@@ -338,12 +347,16 @@ def _main_effect_cells(effect: MainEffect) -> Iterator[Cell]:
     unit = "nats" if effect.task == "KL" else "points" if is_share(effect.metric) else effect.metric
     shown = effect.verdict != "no difference shown"
     yield Cell(effect.toggle)
-    yield Cell(effect.method or "all methods", compact=effect.method or "all")
+    over = "its inert pairs" if effect.placebo else effect.method or "all methods"
+    yield Cell(over, compact="inert" if effect.placebo else effect.method or "all")
     yield Cell(str(effect.twins), sort=effect.twins)
     yield Cell(f"{effect.task}, {unit}")
-    yield delta_cell(effect.delta, effect.metric)
+    difference = delta_cell(effect.delta, effect.metric)
+    yield difference if shown and not effect.placebo else replace(difference, tone="muted")
     p = effect.delta.p_holm
     yield EMPTY if p is None else Cell(p_text(p), sort=p)
+    yield runs_cell(effect.runs, effect.metric)
+    yield Cell(p_text(effect.runs_p), sort=effect.runs_p)
     yield Cell(effect.verdict, "" if shown else "muted", compact=effect.verdict if shown else "not shown")
 
 

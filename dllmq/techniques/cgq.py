@@ -23,6 +23,7 @@ Off: `recipe.uniform_weight`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -50,16 +51,17 @@ def token_weights(
         unmasked_confidence: "zero" (s = 0 on decoded tokens) or "model" (the literal reading).
 
     Raises:
-        ValueError: an unknown `unmasked_confidence`, or a negative indicator.
+        ValueError: an unknown `unmasked_confidence`, or an indicator that is negative or not finite.
     """
     if unmasked_confidence not in UNMASKED_CONFIDENCE:
         raise ValueError(
-            f"unmasked_confidence={unmasked_confidence} is not known; it is "
+            f"cgq_unmasked_confidence={unmasked_confidence} is not known; it is "
             f"{' or '.join(UNMASKED_CONFIDENCE)}."
         )
-    if min(unmasked, masked_indicator) < 0:
+    if not all(math.isfinite(indicator) and indicator >= 0 for indicator in (unmasked, masked_indicator)):
         raise ValueError(
-            f"indicators are {masked_indicator} (masked), {unmasked} (unmasked); they must be >= 0."
+            f"cgq_unmasked={unmasked} and cgq_masked={masked_indicator}: both must be finite and >= 0; the "
+            "paper's are 0.7 and 1."
         )
     indicator = torch.where(masked, masked_indicator, unmasked)
     s = score if unmasked_confidence == "model" else torch.where(masked, score, 0.0)
@@ -86,6 +88,11 @@ class CGQ:
     def constant_without_masks(self) -> bool:
         """Whether every token of fully visible text weighs the same."""
         return self.unmasked_confidence == "zero"
+
+    @property
+    def weightless_without_masks(self) -> bool:
+        """Whether every token of fully visible text weighs 0."""
+        return self.constant_without_masks and self.unmasked == 0
 
     def __call__(self, state: CalibrationState) -> Float[Tensor, "B L"]:
         return token_weights(state.masked, state.score, **vars(self))

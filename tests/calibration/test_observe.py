@@ -5,8 +5,8 @@ import torch
 from tiny_llada import EOS, tiny_model
 from torch import Tensor
 
-from dllmq.calibration.observe import attention_product, group_input
-from dllmq.models.attention import AttentionProduct, QuantizedProduct, attention_map, repeat_kv
+from dllmq.calibration.observe import attention_inputs, group_input
+from dllmq.models.attention import QuantizedProduct
 from dllmq.models.base import BlockContext
 from dllmq.models.llada import LLaDA
 from dllmq.numerics import Grid, Params
@@ -44,30 +44,48 @@ def test_group_input_stops_before_the_linear() -> None:
     assert ran == ["q_proj"]
 
 
-@pytest.mark.parametrize("maps", [False, True])
-def test_values_and_maps_are_those_the_block_multiplies(maps: bool) -> None:
+class Watched(QuantizedProduct):
+    """Keeps what the block gives it."""
+
+    def __call__(self, Q: Tensor, K: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
+        self.given = (Q, K, V, bias)
+        return super().__call__(Q, K, V, bias)
+
+
+def watched() -> Watched:
+    ones = torch.ones(1, 1, 1)
+    return Watched(Grid(4), Grid(4), Params(ones, 8 * ones), Grid(4))
+
+
+@pytest.mark.parametrize("pads", [False, True])
+def test_attention_inputs_are_those_the_block_gives_its_product(pads: bool) -> None:
+    """Rotated, one K and V per value head, and not yet quantized whatever the product does to them."""
     model, (ids, keep) = tiny_model(n_kv_heads=2), padded()
-    block = model.blocks[1]
-    product = block.product
-    x, ctx = into_second_block(model, ids, keep)
-    V, P = attention_product(block, x, ctx, maps)
-    assert block.product is product
-    h = block.attn_norm(x)
-    Q, K, values = block.project(h, ctx)
-    assert torch.equal(V, values)
-    if not maps:
-        assert P is None
-        return
-    assert P is not None and torch.equal(P, attention_map(Q, repeat_kv(K, 4), ctx.bias))
-    mixed = (P @ repeat_kv(V, 4)).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(block.attn_out(mixed), block.attention(h, ctx), atol=1e-5, rtol=0)
+    keep = keep if pads else torch.ones_like(keep)
+    block, product = model.blocks[1], watched()
+    block.product = product
+    model(ids, keep)
+    given = product.given
+    found = attention_inputs(block, *into_second_block(model, ids, keep))
+    assert block.product is product and product.given is given  # it did not run again
+    assert [x.shape[1] for x in found[:3]] == [4, 2, 2]
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], given[:3], strict=True))
+    assert (found.bias is None) is not pads
+    assert found.bias is None or torch.equal(found.bias, given[3])
+
+
+def test_reading_the_attention_inputs_stops_before_the_product() -> None:
+    model, (ids, keep) = tiny_model(), padded()
+    ran: list[str] = []
+    for name in ("q_proj", "attn_out"):
+        getattr(model.blocks[1], name).register_forward_hook(lambda _m, _x, _y, name=name: ran.append(name))
+    attention_inputs(model.blocks[1], *into_second_block(model, ids, keep))
+    assert ran == ["q_proj"]
 
 
 def test_the_product_comes_back_after_an_error() -> None:
-    model = tiny_model()
-    product = QuantizedProduct(Grid(4), Grid(4), Params(torch.ones(1, 1, 1), torch.zeros(1, 1, 1)))
-    block = model.blocks[0]
-    block.product = product
+    model, product = tiny_model(), watched()
+    model.blocks[0].product = product
     with pytest.raises(RuntimeError):
-        attention_product(block, torch.zeros(1, 5, 31), model.context(5), maps=False)
-    assert block.product is product and isinstance(product, AttentionProduct)
+        attention_inputs(model.blocks[0], torch.zeros(1, 5, 31), model.context(5))
+    assert model.blocks[0].product is product

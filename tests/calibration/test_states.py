@@ -14,6 +14,7 @@ from dllmq.calibration.states import (
     StateSampler,
     Trajectory,
     UniformTrajectory,
+    _rescore,
     batched,
     batches_of,
     collate,
@@ -155,6 +156,46 @@ def test_rescored_states_have_the_scores_of_a_direct_forward(
             p = torch.softmax(model(state.tokens[b][valid][None])[0], -1).amax(-1)
             torch.testing.assert_close(state.score[b][masked], p[masked[valid]], atol=1e-5, rtol=0)
             assert not bool(state.score[b][~masked].any())
+
+
+GUIDED = [
+    {},
+    {"cfg_scale": 1.5},
+    {"logits_eos_inf": True, "cfg_scale": 0.5},
+    {"confidence_eos_eot_inf": True},
+]
+
+
+@pytest.mark.parametrize("observe", ["masked", "all"])
+@pytest.mark.parametrize("options", GUIDED, ids=str)
+def test_a_state_scored_again_has_the_score_of_its_run(model: LLaDA, options: dict, observe: str) -> None:
+    """Guidance, EOS flags and padding included; of decoded tokens and the prompt's too under "all"."""
+    config = replace(SAMPLER, **options)
+    recorded = record_trajectories(model, tiny_prompts(), config, 4, observe=observe)
+    rows = [t.state(step, i) for i, t in enumerate(recorded) for step in (0, 6, 15)]
+    for state in batches_of(rows, 5, EOS, 16):
+        again = _rescore(model, replace(state, score=torch.zeros_like(state.score)), config, observe)
+        assert again.score.dtype == torch.float32 and not bool(again.score[~state.valid].any())
+        torch.testing.assert_close(again.score, state.score, atol=1e-5, rtol=0)
+
+
+def test_decoded_tokens_are_scored_when_asked(model: LLaDA, trajectories: list[Trajectory]) -> None:
+    for draw in (RandomMask(), CleanText()):
+        masked, every = (
+            draw_states(model, trajectories, draw, 6, 3, seed=1, observe=observe)
+            for observe in ("masked", "all")
+        )
+        for a, b in zip(masked, every, strict=True):
+            assert torch.equal(b.score > 0, b.valid) and torch.equal(a.score > 0, a.masked)
+            torch.testing.assert_close(a.score[a.masked], b.score[a.masked], atol=1e-5, rtol=0)
+
+
+def test_states_with_nothing_to_score_take_no_forward(
+    model: LLaDA, trajectories: list[Trajectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dllmq.calibration.states.state_confidence", None)
+    for state in draw_states(model, trajectories, CleanText(), 4, 2, seed=0):
+        assert not bool(state.score.any())
 
 
 def test_states_of_the_trajectory_keep_the_scores_of_the_run(

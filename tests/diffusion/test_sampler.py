@@ -5,7 +5,7 @@ import torch
 from tiny_mask_predictor import EOS, EOT, MASK, VOCAB, FixedLogits, TinyModel, UniformModel, prompts
 from torch import Tensor
 
-from dllmq.diffusion import SamplerConfig, apply, denoise, generate
+from dllmq.diffusion import SamplerConfig, Step, apply, denoise, generate, state_confidence
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -362,8 +362,7 @@ def test_nan_from_the_model_is_named() -> None:
         ({"temperature": float("nan")}, "temperature must be"),
         ({"cfg_scale": -1.0}, "cfg_scale must be a finite number >= 0"),
         ({"remasking": "low_confidenc"}, "use low_confidence or random. Did you mean low_confidence?"),
-        ({"remasking": "entropy"}, "remasking=entropy is Dream's and not available yet: use low_confidence"),
-        ({"alg_temp": 0.1}, "alg_temp=0.1 is an option of Dream, not available yet"),
+        ({"alg_temp": 0.1}, "alg_temp=0.1 is an option of Dream's sampler, but remasking=low_confidence is"),
         ({"top_p": 0.9}, "top_p=0.9"),
         ({"top_k": 5}, "top_k=5"),
         ({"eps": 0.1}, "eps=0.1"),
@@ -389,3 +388,118 @@ def test_wrong_arguments_are_refused_before_the_model_runs() -> None:
     with pytest.raises(ValueError, match="confidence_eos_eot_inf=true needs eot_token_id"):
         denoise(model, ids, SamplerConfig(8, 8, 4, confidence_eos_eot_inf=True))
     assert model.calls == 0
+
+
+# Rows that leave ----------------------------------------------------------------------------------
+
+
+class Leaving:
+    """Row r leaves after the when[r]-th step; keeps what it was told."""
+
+    def __init__(self, when: tuple[int, ...]) -> None:
+        self.when, self.rows, self.told = when, list(range(len(when))), []
+
+    def __call__(self, generated: Tensor) -> Tensor:
+        self.told.append(generated.clone())
+        gone = [self.when[row] <= len(self.told) for row in self.rows]
+        self.rows = [row for row, left in zip(self.rows, gone, strict=True) if not left]
+        return torch.tensor(gone)
+
+    def staying(self, number: int) -> list[int]:
+        """Rows in the batch at the step of this number, from 0."""
+        return [row for row, last in enumerate(self.when) if last > number]
+
+
+def assert_rows_of(step: Step, full: Step, rows: list[int]) -> None:
+    """The step is the full batch's, at these rows."""
+    assert (step.index, step.block, step.rows.tolist()) == (full.index, full.block, rows)
+    for name in ("tokens", "masked", "observed", "prediction", "committed"):
+        assert torch.equal(getattr(step, name), getattr(full, name)[rows]), name
+    torch.testing.assert_close(step.score, full.score[rows])
+
+
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": 1.5}, {"confidence_eos_eot_inf": True}])
+@pytest.mark.parametrize("schedule", [(12, 12, 4), (8, 4, 8), (6, 12, 3)])
+@pytest.mark.parametrize("when", [(2, 99, 99), (99, 3, 1), (1, 2, 3), (4, 99, 4)])
+def test_rows_that_stay_go_on_as_if_nobody_had_left(
+    when: tuple[int, ...], schedule: tuple[int, int, int], options: dict
+) -> None:
+    """Left-padded prompts, one with a mask in it; rows leave inside a block and at its end."""
+    ids, attention_mask = left_padded()
+    ids[0, 3] = MASK
+    config = SamplerConfig(*schedule, **options)
+    full = list(denoise(eos_prone(), ids, config, attention_mask, observe="all"))
+    model, leave = eos_prone(), Leaving(when)
+    steps = list(denoise(model, ids, config, attention_mask, observe="all", leave=leave))
+    assert len(steps) == model.calls == min(max(when), len(full))
+    for number, (step, whole) in enumerate(zip(steps, full, strict=False)):
+        assert_rows_of(step, whole, leave.staying(number))
+        assert step.forwards == number + 1
+        assert torch.equal(leave.told[number], apply(step)[:, ids.shape[1] :])
+
+
+def test_kept_logits_are_those_of_the_rows_that_stay() -> None:
+    config = SamplerConfig(6, 6, 6)
+    full = list(denoise(TinyModel(), prompts(), config, keep_logits=True))
+    steps = denoise(TinyModel(), prompts(), config, keep_logits=True, leave=Leaving((2, 99, 3)))
+    for step, whole in zip(steps, full, strict=True):
+        assert step.logits is not None and whole.logits is not None
+        mine = torch.isin(whole.observed.nonzero()[:, 0], step.rows)
+        torch.testing.assert_close(step.logits, whole.logits[mine])
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"remasking": "random"}])
+def test_nobody_leaves_unasked(options: dict) -> None:
+    """And a `leave` that says no changes nothing, nor any draw."""
+    config = SamplerConfig(8, 8, 4, **options)
+    plain = list(denoise(TinyModel(), prompts(), config, generator=seeded()))
+    asked = list(
+        denoise(TinyModel(), prompts(), config, generator=seeded(), leave=lambda x: torch.zeros(len(x)) > 0)
+    )
+    for a, b in zip(plain, asked, strict=True):
+        assert a.rows.tolist() == [0, 1, 2]
+        assert_rows_of(b, a, [0, 1, 2])
+        assert torch.equal(a.score, b.score)
+
+
+def test_the_run_ends_with_its_last_row() -> None:
+    model = TinyModel()
+    steps = list(denoise(model, prompts(), SamplerConfig(12, 12, 4), leave=Leaving((2, 1, 2))))
+    assert [step.rows.tolist() for step in steps] == [[0, 1, 2], [0, 2]]
+    assert model.calls == 2
+
+
+# The confidence in a state ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cfg_scale": 1.5},
+        {"logits_eos_inf": True},
+        {"confidence_eos_eot_inf": True, "cfg_scale": 0.5},
+        {"logits_eos_inf": True, "confidence_eos_eot_inf": True},
+    ],
+)
+@pytest.mark.parametrize("observe", ["masked", "all"])
+def test_the_confidence_in_a_state_is_the_samplers(options: dict, observe: str) -> None:
+    ids, attention_mask = left_padded()
+    config, model = SamplerConfig(8, 4, 4, **options), eos_prone()
+    valid = torch.cat([attention_mask, torch.ones(3, 8, dtype=torch.long)], dim=1) > 0
+    given = torch.arange(valid.shape[1]).expand_as(valid) < ids.shape[1]
+    for step in denoise(model, ids, config, attention_mask, observe=observe):
+        score = state_confidence(model, step.tokens, valid, given, step.observed, config)
+        torch.testing.assert_close(score.float(), step.score)
+        assert not bool(score[~step.observed].any())
+
+
+def test_the_confidence_in_a_state_has_no_noise() -> None:
+    """At temperature > 0 it is that of the likeliest token, and no random number is drawn."""
+    state = next(denoise(TinyModel(), prompts(), SamplerConfig(8, 8, 8)))
+    given = state.tokens != MASK
+    before = torch.get_rng_state()
+    noisy = SamplerConfig(8, 8, 8, temperature=1.0)
+    score = state_confidence(TinyModel(), state.tokens, None, given, state.masked, noisy)
+    torch.testing.assert_close(score.float(), state.score)
+    assert torch.equal(torch.get_rng_state(), before)

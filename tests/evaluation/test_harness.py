@@ -100,6 +100,66 @@ def test_stopping_at_settled_answers_changes_no_answer(model, tokenizer) -> None
     assert pad != eos_ids
 
 
+class CountedRows:
+    """A model that counts the rows of its forwards."""
+
+    def __init__(self, model) -> None:
+        self.model, self.config, self.device, self.head = model, model.config, model.device, model.head
+        self.rows = 0
+
+    def hidden_states(self, input_ids, attention_mask=None):
+        self.rows += len(input_ids)
+        return self.model.hidden_states(input_ids, attention_mask)
+
+
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": 1.0}, {"temperature": 0.7}, {"remasking": "random"}])
+def test_answers_are_those_of_the_full_run(model, tokenizer, options: dict) -> None:
+    """Finished rows leave their batch; with noise, which is drawn for all, the batch ends with its last row.
+
+    EOS are three tokens that the model does predict: some rows meet one early, some late, some never.
+    """
+    sampler = SamplerConfig(gen_length=16, steps=8, block_length=8, **options)
+    wanted, rows, forwards, eos_ids = {}, {}, {}, []
+    for cut in ("none", "first"):
+        counted = CountedRows(model)
+        lm = DiffusionLM(counted, tokenizer, EvalSettings(sampler, batch_size=4, eos_cut=cut))
+        lm.eos_ids = eos_ids
+        prompts = [lm.encode(request.args[0]) for request in requests(6)]
+        batches = [prompts[:4], prompts[4:]]
+        tokens = [row for i, batch in enumerate(batches) for row in lm._denoise(batch, i, len(batches))]
+        if cut == "none":
+            eos_ids += [tokens[0][2], tokens[3][6], tokens[5][12]]
+        wanted[cut] = [cut_answer(row, [], eos_ids, "first", tokenizer) for row in tokens]
+        rows[cut], forwards[cut] = counted.rows, lm.counters.forwards
+    assert wanted["first"] == wanted["none"]
+    assert len({len(answer.text) for answer in wanted["none"]}) > 2
+    assert forwards["first"] <= forwards["none"] == 8 * len(batches)
+    if sampler.deterministic:
+        assert rows["first"] < rows["none"]
+
+
+@pytest.mark.parametrize(
+    ("row", "settled"),
+    [
+        ("1 2 E m", True),
+        ("1 m E 2", False),  # what comes before the cut is open
+        ("E m m m", True),
+        ("1 T m E", True),  # EoT ends an answer too
+        ("m E T 1", False),
+        ("1 2 3 1", False),
+        ("1 2 m m", False),
+        ("1 2 3 E", True),
+    ],
+)
+def test_an_answer_is_settled_by_an_end_with_no_mask_before_it(model, tokenizer, row, settled) -> None:
+    lm, config = DiffusionLM(model, tokenizer), model.config
+    ids = {"m": config.mask_token_id, "E": config.eos_token_id, "T": config.eot_token_id}
+    generated = torch.tensor([[ids[c] if c in ids else 100 + int(c) for c in row.split()]])
+    assert lm._settled(generated).tolist() == [settled]
+    lm.eos_ids = []
+    assert lm._settled(generated).tolist() == [False]
+
+
 def test_no_requests_give_no_answers(model, tokenizer) -> None:
     lm = DiffusionLM(model, tokenizer)
     assert lm.generate_until([]) == [] and lm.loglikelihood([]) == []

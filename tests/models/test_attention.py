@@ -6,6 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dllmq.calibration.values import MinMax
@@ -13,11 +15,14 @@ from dllmq.models.attention import (
     AttentionProduct,
     QuantizedProduct,
     attention_map,
+    attention_maps,
+    quantize_map,
+    quantize_queries_keys,
     quantize_values,
     repeat_kv,
 )
 from dllmq.models.base import padding_bias
-from dllmq.numerics import Grid, Params
+from dllmq.numerics import Grid, Params, fake_quant
 
 B, HEADS, L, H = 2, 4, 7, 8
 
@@ -142,3 +147,81 @@ def test_only_unquantized_values_let_a_scale_through() -> None:
     assert AttentionProduct().passes_values
     assert QuantizedProduct(grid, None, None).passes_values
     assert not QuantizedProduct(None, grid, params).passes_values
+
+
+# P ------------------------------------------------------------------------------------------------
+
+
+@given(
+    bits=st.integers(2, 8),
+    keys=st.integers(1, 40),
+    peaks=st.sampled_from([0.0, 1e-3, 1.0, 10.0, 1000.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    grid=st.sampled_from([(-1, False), (-1, True), (0, False)]),
+    seed=st.integers(0, 2**20),
+)
+def test_quantize_map_is_fake_quant_bit_for_bit(
+    bits: int, keys: int, peaks: float, dtype: torch.dtype, grid: tuple[int, bool], seed: int
+) -> None:
+    """Flat rows, one-hot rows, rows of a single key, and a row of ties: points half-way between codes."""
+    rng, top = torch.Generator().manual_seed(seed), 2**bits - 1
+    P = torch.softmax(peaks * torch.randn(2, 2, 3, keys, generator=rng), -1).to(dtype)
+    halves = torch.randint(0, 2 * top + 1, (keys,), generator=rng) / 2
+    halves[0] = top
+    P[0, 0, 0] = halves / halves.sum()
+    given, found = P.clone(), quantize_map(P, Grid(bits, *grid))
+    expected = fake_quant(P, Grid(bits, *grid))
+    assert found.dtype == dtype and torch.equal(P, given)
+    assert torch.equal(found, expected) and torch.equal(found.signbit(), expected.signbit())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_maps_in_pieces_are_the_whole_map(monkeypatch: pytest.MonkeyPatch, padded: bool) -> None:
+    """Of at most MAX_MAP elements, and of one query at least; heads share keys in the same way."""
+    Q, K, V = qkv(kv=2)
+    bias, grid = padding_bias(pads(), torch.float32) if padded else None, Grid(4)
+    product = QuantizedProduct(grid, grid, min_max(V, grid))
+    (whole,), out = list(attention_maps(Q, K, bias)), product(Q, K, V, bias)
+    torch.testing.assert_close(whole, attention_map(Q, repeat_kv(K, HEADS), bias))
+    for sizes, limit in (([3, 3, 1], B * HEADS * L * 3 + 1), ([1] * L, 5)):
+        monkeypatch.setattr("dllmq.models.attention.MAX_MAP", limit)
+        pieces = list(attention_maps(Q, K, bias))
+        assert [P.shape[2] for P in pieces] == sizes
+        torch.testing.assert_close(torch.cat(pieces, 2), whole)
+        torch.testing.assert_close(product(Q, K, V, bias), out)
+
+
+def test_the_product_leaves_its_inputs_as_they_are() -> None:
+    """Scores are scaled and biased in place: those of the product, not what it was given."""
+    Q, K, V = qkv()
+    bias, grid = padding_bias(pads(), torch.float32), Grid(4)
+    kept = [x.clone() for x in (Q, K, V, bias)]
+    QuantizedProduct(grid, grid, min_max(V, grid), grid)(Q, K, V, bias)
+    assert all(torch.equal(x, y) for x, y in zip((Q, K, V, bias), kept, strict=True))
+
+
+# Q and K ------------------------------------------------------------------------------------------
+
+
+def test_queries_and_keys_have_one_scale_per_token_and_head() -> None:
+    Q, K, _ = qkv(kv=2)
+    K[1, 0, 3] *= 1000  # one token of one head: nobody else notices
+    for x, x_hat in zip((Q, K), quantize_queries_keys(Q, K, Grid(3)), strict=True):
+        for row, row_hat in zip(x.reshape(-1, H), x_hat.reshape(-1, H), strict=True):
+            low, high = min(float(row.min()), 0.0), max(float(row.max()), 0.0)
+            s = (high - low) / 7
+            z = round(-low / s)
+            expected = ((row / s).round().add(z).clamp(0, 7) - z) * s
+            torch.testing.assert_close(row_hat, expected, atol=1e-5 * s, rtol=1e-6)
+    same_Q, same_K = quantize_queries_keys(Q, K, None)
+    assert same_Q is Q and same_K is K
+
+
+@pytest.mark.parametrize("p_grid", [None, Grid(4)], ids=str)
+def test_the_map_is_that_of_quantized_queries_and_keys(p_grid: Grid | None) -> None:
+    Q, K, V = qkv(kv=2)
+    bias, grid = padding_bias(pads(), torch.float32), Grid(4)
+    rounded = QuantizedProduct(p_grid, None, None)(fake_quant(Q, grid), fake_quant(K, grid), V, bias)
+    out = QuantizedProduct(p_grid, None, None, qk_grid=grid)(Q, K, V, bias)
+    assert torch.equal(out, rounded)
+    assert not torch.allclose(out, QuantizedProduct(p_grid, None, None)(Q, K, V, bias), atol=1e-3)

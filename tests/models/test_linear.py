@@ -1,5 +1,8 @@
 """QuantLinear is its definition, and moving a scale into the op before a group changes no function."""
 
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +11,7 @@ import torch.nn.functional as F
 from tiny_llada import tiny_model
 from torch import Tensor, nn
 
+from dllmq.kernels import cpu_int8
 from dllmq.methods.rtn import round_to_nearest
 from dllmq.models.attention import QuantizedProduct
 from dllmq.models.base import (
@@ -18,9 +22,9 @@ from dllmq.models.base import (
     linear_group,
     swapped_weights,
 )
-from dllmq.models.linear import QuantLinear
+from dllmq.models.linear import InputQuantizer, QuantLinear
 from dllmq.models.llada import TOPOLOGY
-from dllmq.numerics import Grid, Params
+from dllmq.numerics import Grid, Params, fake_quant
 
 O, I = 6, 16
 ROWS = {row.name: row for row in TOPOLOGY.groups}
@@ -86,6 +90,194 @@ def test_scale_rows_is_exact(grid: Grid) -> None:
     before = linear(x)
     linear.scale_rows(f)
     torch.testing.assert_close(linear(x), before * f, atol=1e-5, rtol=1e-5)
+
+
+# The packed backend -------------------------------------------------------------------------------
+
+exact_only = pytest.mark.skipif(not cpu_int8.is_exact(), reason="this processor saturates int8 products")
+
+
+def in_double(linear: QuantLinear, x: Tensor) -> Tensor:
+    """Q_a(x) Deq(Q_w)^T + b from dequantized values, multiplied in fp64."""
+    assert linear.inputs.grid is not None
+    y = fake_quant(x.float(), linear.inputs.grid).double() @ linear.quantized.dequantize().double().T
+    return y if linear.bias is None else y + linear.bias.double()
+
+
+@exact_only
+@pytest.mark.parametrize("weight", [Grid(2), Grid(4), Grid(4, 0), Grid(8, symmetric=True)], ids=str)
+@pytest.mark.parametrize("act", [Grid(2), Grid(4, symmetric=True), Grid(8)], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_packed_equals_the_definition_in_double(weight: Grid, act: Grid, biased: bool) -> None:
+    linear = quant_linear(weight, act, torch.randn(O) if biased else None)
+    assert linear.can_pack()
+    linear.pack()
+    assert linear.backend == "packed" and "backend=packed" in repr(linear)
+    for shape in ((I,), (5, I), (2, 3, I), (2, 0, I)):
+        x = torch.randn(shape)
+        y = linear(x)
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(y.double(), in_double(linear, x), atol=5e-6, rtol=1e-6)
+
+
+@exact_only
+def test_packed_bf16_is_the_definition_rounded_once() -> None:
+    quantized = round_to_nearest(torch.randn(O, I), Grid(4))
+    linear = QuantLinear(quantized, torch.randn(O), Grid(8), torch.bfloat16)
+    linear.pack()
+    x = torch.randn(2, 5, I).bfloat16()
+    y, expected = linear(x), in_double(linear, x)
+    assert y.dtype == torch.bfloat16
+    assert bool(((y.double() - expected).abs() <= 2.0**-8 * expected.abs() + 1e-5).all())
+
+
+@exact_only
+def test_unpacking_gives_the_fake_backend_back_bit_for_bit() -> None:
+    linear, x = quant_linear(Grid(4), Grid(4)), torch.randn(3, I)
+    before = linear(x)
+    linear.pack()
+    assert not torch.equal(linear(x), before)
+    linear.unpack()
+    assert linear.backend == "fake" and torch.equal(linear(x), before)
+
+
+@pytest.mark.parametrize(
+    ("weight", "act"),
+    [(Grid(4, 8), Grid(4)), (Grid(4), Grid(4, 8)), (Grid(4), Grid(4, 0)), (Grid(4), None)],
+    ids=str,
+)
+def test_what_cannot_be_packed(weight: Grid, act: Grid | None) -> None:
+    linear = quant_linear(weight, act)
+    assert not linear.can_pack()
+    with pytest.raises(AssertionError, match="does not take QuantLinear"):
+        linear.pack()
+
+
+def test_reordered_groups_and_other_devices_cannot_be_packed() -> None:
+    linear = quant_linear(Grid(4), Grid(4))
+    assert linear.can_pack()
+    index = torch.zeros(I, dtype=torch.long)
+    assert not QuantLinear(
+        replace(linear.quantized, group_index=index), None, Grid(4), torch.float32
+    ).can_pack()
+    assert not linear.to("meta").can_pack()
+
+
+@exact_only
+def test_scales_move_before_packing_only() -> None:
+    linear = quant_linear(Grid(4), Grid(4))
+    linear.scale_rows(torch.full((O,), 0.5))
+    linear.pack()
+    x = torch.randn(3, I)
+    torch.testing.assert_close(linear(x).double(), in_double(linear, x), atol=5e-6, rtol=1e-6)
+    with pytest.raises(AssertionError, match="before it is packed"):
+        linear.scale_rows(torch.full((O,), 0.5))
+
+
+# Shared inputs ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quantizations(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Copies of every input that was quantized."""
+    seen: list[Tensor] = []
+
+    def watched(function: Callable[[Tensor, Grid], Any]) -> Callable[[Tensor, Grid], Any]:
+        def call(x: Tensor, grid: Grid) -> Any:
+            seen.append(x.clone())
+            return function(x, grid)
+
+        return call
+
+    monkeypatch.setattr("dllmq.models.linear.fake_quant", watched(fake_quant))
+    monkeypatch.setattr(cpu_int8, "input_operand", watched(cpu_int8.input_operand))
+    return seen
+
+
+def group_of_three(grid: Grid | None = None) -> tuple[InputQuantizer, list[QuantLinear]]:
+    inputs = InputQuantizer(grid or Grid(4), readers=3)
+    weights = [round_to_nearest(torch.randn(O, I), Grid(4)) for _ in range(3)]
+    return inputs, [QuantLinear(W, None, inputs, torch.float32) for W in weights]
+
+
+def alone(linear: QuantLinear) -> QuantLinear:
+    """The same linear with an input quantizer of its own."""
+    own = QuantLinear(linear.quantized, None, linear.inputs.grid, torch.float32)
+    if linear.packed is not None:
+        own.pack()
+    return own
+
+
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=exact_only)])
+def test_an_input_is_quantized_once_for_its_readers(quantizations: list[Tensor], packed: bool) -> None:
+    _, linears = group_of_three()
+    for linear in linears if packed else ():
+        linear.pack()
+    for count in (1, 2):
+        x = torch.randn(4, I)
+        outputs = [linear(x) for linear in linears]
+        assert len(quantizations) == count
+    expected = [alone(linear)(x) for linear in linears]
+    assert all(torch.equal(y, z) for y, z in zip(outputs, expected, strict=True))
+    assert len(quantizations) == 2 + 3  # one reader shares nothing
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "in place": lambda x: x.mul_(-3),
+    "through a view": lambda x: (x[1].add_(5), x)[1],
+    "another": torch.randn_like,
+    "an equal one": torch.clone,
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_reader_is_served_a_stale_input(quantizations: list[Tensor], mode: Any, change: str) -> None:
+    """In inference mode too, where tensors do not count their changes."""
+    _, linears = group_of_three()
+    with mode():
+        x = torch.randn(4, I)
+        linears[0](x)
+        x = CHANGES[change](x)
+        outputs = [linear(x) for linear in linears[1:]]
+        assert torch.equal(quantizations[-1], x)
+        assert all(torch.equal(y, alone(linear)(x)) for y, linear in zip(outputs, linears[1:], strict=True))
+
+
+def test_a_reader_that_never_came_leaves_no_trace(quantizations: list[Tensor]) -> None:
+    """As when a hook ends a forward inside a group."""
+    _, linears = group_of_three()
+    linears[0](torch.randn(4, I))
+    x = torch.randn(4, I)
+    outputs = [linear(x) for linear in linears]
+    assert len(quantizations) == 2
+    assert all(torch.equal(y, alone(linear)(x)) for y, linear in zip(outputs, linears, strict=True))
+
+
+@exact_only
+def test_readers_of_both_backends_each_get_their_own() -> None:
+    _, linears = group_of_three()
+    linears[1].pack()
+    x = torch.randn(4, I)
+    assert all(torch.equal(linear(x), alone(linear)(x)) for linear in linears)
+
+
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=exact_only)])
+def test_nothing_is_held_after_the_last_reader(packed: bool) -> None:
+    inputs, linears = group_of_three()
+    for linear in linears if packed else ():
+        linear.pack()
+    x = torch.randn(4, I)
+    watched = weakref.ref(x)
+    for linear in linears:
+        linear(x)
+    del x
+    assert watched() is None and inputs._value is None
+
+
+def test_a_full_precision_input_is_passed_on() -> None:
+    x = torch.randn(4, I)
+    assert InputQuantizer(None, readers=3).fake(x) is x
 
 
 # Scales -------------------------------------------------------------------------------------------

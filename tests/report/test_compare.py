@@ -202,19 +202,40 @@ def test_an_average_effect_is_the_mean_over_twin_pairs_problem_by_problem(study)
     assert found[0].delta.stderr < min(e.deltas["mini_gsm"].stderr for e in pairs)
 
 
-def test_pairs_without_effect_are_not_averaged(study):
+def test_pairs_without_effect_are_a_placebo_of_their_own(study):
     """The records call cgq inert where tmas is off."""
-    found = next(e for e in main_effects(study) if e.toggle == "cgq")
-    assert found.twins == 4
+    found = [e for e in main_effects(study) if e.toggle == "cgq" and e.task == "mini_gsm"]
+    assert [(e.method, e.twins, e.placebo) for e in found] == [
+        (None, 4, False), ("awq", 2, False), ("gptq", 2, False), (None, 4, True)
+    ]  # fmt: skip
     assert sum(e.inert for e in effects(study)) == 4
+    assert found[-1].verdict == "placebo" and found[-1].delta.p_holm is None
 
 
-def test_the_verdict_follows_the_corrected_p(study):
+def test_an_average_effect_also_has_the_spread_of_its_runs(study):
+    found = next(e for e in main_effects(study) if e.toggle == "tmas" and e.task == "mini_gsm")
+    pairs = [e for e in effects(study) if e.toggle == "tmas"]
+    by_run = [
+        delta(on, next(r for r in e.twin.records if r.seed == on.seed), "mini_gsm", "exact_match").value
+        for e in pairs
+        for on in e.group.records
+    ]
+    assert found.runs.n == len(by_run) == sum(len(e.group.records) for e in pairs)
+    assert found.runs.value == pytest.approx(np.mean(by_run))
+    assert found.runs.stderr == pytest.approx(np.std(by_run, ddof=1) / len(by_run) ** 0.5)
+    assert found.runs_p == sign_flip_p(by_run)
+
+
+def test_the_verdict_follows_the_corrected_p_and_the_runs(study):
     for e in main_effects(study):
+        if e.placebo:
+            continue
         better = (e.delta.value < 0) if e.task == "KL" else (e.delta.value > 0)
-        expected = "no difference shown" if e.delta.p_holm >= 0.05 else "helps" if better else "hurts"
-        assert e.verdict == expected
+        shown = e.delta.p_holm < 0.05 and e.runs_p < 0.05
+        assert e.verdict == (("helps" if better else "hurts") if shown else "no difference shown")
     assert {e.verdict for e in main_effects(study)} >= {"helps", "no difference shown"}
+    sure = next(e for e in main_effects(study) if e.verdict == "helps")
+    assert dataclasses.replace(sure, runs_p=0.2).verdict == "no difference shown"
 
 
 def test_one_pair_has_no_average():

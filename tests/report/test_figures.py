@@ -157,7 +157,8 @@ def test_long_curves_are_averaged_over_neighbouring_steps():
 def test_effects_have_a_row_per_switch_and_method_and_a_zero_line(drawn):
     axis = drawn["effect-0-mini-gsm"].figure.axes[0]
     rows = [t.get_text() for t in axis.get_yticklabels()]
-    assert rows == [f"{s}: {m}" for s in ("tmas", "cgq", "iaaq") for m in ("all methods", "awq", "gptq")]
+    own = [f"{s}: {m}" for s in ("tmas", "cgq", "iaaq") for m in ("all methods", "awq", "gptq")]
+    assert rows == [*own[:6], "cgq: placebo", *own[6:]]
     assert list(axis.lines[0].get_xdata()) == [0, 0]
     assert axis.get_xlabel() == "points, right of zero is better"
     assert drawn["effect-2-kl"].figure.axes[0].get_xlabel() == "nats, left of zero is better"

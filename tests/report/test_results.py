@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,3 +193,11 @@ def test_the_fields_of_the_contract_are_there():
         "seed",
     ]
     assert set(contract) <= {f.name for f in dataclasses.fields(RunRecord)}
+
+
+def test_json_keeps_a_list_of_plain_values_on_one_line(tmp_path: Path) -> None:
+    value = {"a": [1, 2.5, None, "x\n", True], "b": {}, "c": []}
+    value |= {"d": [{"e": [1]}, [2, 3]], "é": {"f": "[1, {"}}
+    path = write_json_atomic(tmp_path / "x.json", value)
+    assert json.loads(path.read_text(encoding="utf-8")) == value
+    assert '  "a": [1, 2.5, null, "x\\n", true],\n' in path.read_text(encoding="utf-8")
