@@ -25,10 +25,11 @@ from dllmq import __version__
 from dllmq.cache import Cache
 from dllmq.calibration.states import Trajectory
 from dllmq.config import Plan, RunConfig, build, fingerprint
+from dllmq.evaluation import sandbox
 from dllmq.evaluation.divergence import measure_divergence
 from dllmq.evaluation.fidelity import Fidelity, FidelityReference, measure
 from dllmq.evaluation.settings import EvalSettings
-from dllmq.evaluation.tasks import EvalResult, evaluate
+from dllmq.evaluation.tasks import EvalResult, evaluate, runs_code
 from dllmq.full_precision import HELD_OUT_SEED, Baseline, ForwardCounter, FullPrecision
 from dllmq.methods import FP
 from dllmq.models.loading import checkpoint_folder, load_model
@@ -248,7 +249,8 @@ class Cell:
             per_problem=result.per_problem,
             calibration=report.states,
             notes={"method": report.notes, "backend": self.backend, "counters": result.counters}
-            | {"baseline": self.fp_key},
+            | {"baseline": self.fp_key}
+            | ({"sandbox": sandbox.level()} if any(map(runs_code, config.tasks.names)) else {}),
             fidelity_per_prompt=found.per_prompt,
         )
         return record, result

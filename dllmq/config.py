@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dllmq.calibration.prompts import read_prompts
 from dllmq.calibration.states import CleanText, RandomMask, StateSampler, UniformTrajectory
 from dllmq.calibration.values import MinMax, ValueScale
-from dllmq.diffusion import SamplerConfig
+from dllmq.diffusion import SamplerConfig, check_sampler
 from dllmq.kernels import cpu_int8
 from dllmq.methods import FP
 from dllmq.models.linear import BACKENDS
@@ -49,6 +49,7 @@ class ModelSamplerFields:
     block_length: int = 16
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
+    remasking: str = "low_confidence"
 
 
 @dataclass
@@ -389,6 +390,7 @@ def check_cell(cfg: DictConfig) -> Plan:
     folder = checkpoint_folder(config.model_path)
     model = skeleton(*read_config(folder))
     check_tensors(weight_files(folder), {name: p.shape for name, p in model.state_dict().items()})
+    check_sampler(model.config, recipe.sampler)
     check_group_sizes(model, recipe)
     _check_backend(config, recipe, device, model)
     return Plan(config, recipe, device, sum(p.numel() for p in model.parameters()))

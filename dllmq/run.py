@@ -97,6 +97,8 @@ def describe(plan: Plan, name: str) -> str:
     """A dry run's answer."""
     config, recipe = plan.config, plan.recipe
     size = f"{plan.parameters / 1e6:.2f} M parameters" if plan.parameters else "not on this disk, not checked"
+    V = recipe.attention.V
+    values = f"{V}, scale by {recipe.value_scale_name}" if V else "full precision"
     lines = [
         f"{name}: checked, nothing run",
         f"  model        {config.model_path} ({size}), {plan.device}",
@@ -105,7 +107,7 @@ def describe(plan: Plan, name: str) -> str:
         f"  weights      {recipe.weights}",
         f"  inputs       {recipe.inputs or 'full precision'}",
         f"  attention P  {recipe.attention.P or 'full precision'}",
-        f"  attention V  {recipe.attention.V or 'full precision'}, {recipe.value_scale_name}",
+        f"  attention V  {values}",
         f"  attention QK {recipe.attention.QK or 'full precision'}",
         f"  calibration  {recipe.states.name}, {recipe.num_states} sequences from "
         f"{config.calibration.num_prompts} prompts",

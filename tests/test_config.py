@@ -43,8 +43,9 @@ def config(*overrides: str) -> RunConfig:
 
 def test_what_the_tests_compose_is_what_hydra_does() -> None:
     overrides = ["method=awq", "tmas=true", "+sampler.more=[1,a]", "sampler.steps=24", "~eval.limit"]
+    ours = composed(*overrides)
     with initialize_config_module("dllmq.conf", version_base="1.3"):
-        assert composed(*overrides) == compose("config", overrides=overrides)
+        assert ours == compose("config", overrides=overrides)
 
 
 # ------------------------------------------------------------------ wrong input

@@ -1,5 +1,6 @@
 """Every command of the README runs, as written but for sizes; what make runs is what the README says."""
 
+import io
 import os
 import re
 import runpy
@@ -10,6 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from dllmq.report.results import load_sweep
+from dllmq.report.table import print_tables
+from dllmq.report.tables import sweep_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,6 +75,16 @@ def test_make_runs_what_the_readme_says(target: str, tmp_path: Path) -> None:
             "test": ".venv/bin/python -m pytest",
         }[target]
     )
+
+
+def test_the_demo_of_the_readme_is_that_of_its_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"<!-- demo:begin -->\n```text\n(.*?)```", README, flags=re.DOTALL)
+    console = Console(width=100, file=io.StringIO(), record=True)
+    monkeypatch.setenv("COLUMNS", "100")
+    print_tables(sweep_tables(load_sweep(ROOT / "experiments" / "demo")), console)
+    printed = {line.rstrip() for line in console.export_text().splitlines()}
+    assert [line for line in block.splitlines() if line not in printed] == []
+    assert sum(line.startswith((" awq ", " gptq ")) for line in block.splitlines()) == 4
 
 
 def run(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, extra: list[str]) -> None:

@@ -17,7 +17,7 @@ def test_tables_are_those_of_the_records(folder: Path) -> None:
 
 
 def test_there_are_studies() -> None:
-    assert {"demo", "bitwidth", "ablation"} <= {folder.name for folder in STUDIES}
+    assert {"demo", "bitwidth"} <= {folder.name for folder in STUDIES}
 
 
 @pytest.mark.parametrize("folder", [f for f in EXPERIMENTS.iterdir() if f.is_dir()], ids=lambda f: f.name)
