@@ -17,6 +17,8 @@ from dllmq.evaluation import sandbox
 from dllmq.evaluation.code_scoring import pass_at_1, run_tests
 from dllmq.evaluation.sandbox import Outcome, Program, Protection, run_program, run_programs
 
+pytestmark = pytest.mark.slow
+
 GOOD = "def f(x):\n    return x + 1\n"
 BAD = "def f(x):\n    return x + 2\n"
 TEST = "assert f(1) == 2"

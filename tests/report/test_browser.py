@@ -20,9 +20,8 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 EVIL = '<img src=x onerror="document.title=1"><script>document.body.remove()</script>'
 
 browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-pytestmark = pytest.mark.skipif(
-    browser is None, reason=f"no browser: none of {', '.join(BROWSERS)} is installed"
-)
+missing = f"no browser: none of {', '.join(BROWSERS)} is installed"
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(browser is None, reason=missing)]
 
 
 @pytest.fixture(scope="module")

@@ -133,6 +133,7 @@ def test_ids_are_unique_and_references_resolve(page):
     assert set(re.findall(r'(?:url\(|xlink:href=")#([^")]+)', page)) <= set(ids)
 
 
+@pytest.mark.slow
 def test_the_page_of_48_runs_and_three_tasks_stays_under_the_limit(tmp_path):
     """Long curves, a line of notes per linear, answers longer than the page shows."""
     reference, runs = ablation(tasks=("mini_gsm", "mini_code", "mini_choice"))
