@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -234,7 +235,7 @@ def test_folder_that_cannot_be_made_costs_a_warning(tmp_path: Path, caplog: pyte
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """No write anywhere below folder; root is not stopped by this."""
+    """No write anywhere below folder; root is not stopped by this (`ordinary_user`)."""
     folders = [folder, *(p for p in folder.rglob("*") if p.is_dir())]
     for f in folders:
         f.chmod(0o555)
@@ -245,10 +246,26 @@ def read_only(folder: Path) -> Iterator[None]:
             f.chmod(0o755)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to read-only folders")
-def test_read_only_folder_is_read_and_misses_cost_a_warning(
-    cache: Cache, caplog: pytest.LogCaptureFixture
-) -> None:
+@contextmanager
+def ordinary_user() -> Iterator[None]:
+    """Root may write to read-only folders: within the context it is nobody, who may not."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_read_only_folder_is_read_and_misses_cost_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    # not tmp_path: its parents belong to root alone where root runs the tests
+    with ordinary_user(), tempfile.TemporaryDirectory() as folder:
+        read_only_folder_costs_a_warning(Cache(Path(folder) / "cache"), caplog)
+
+
+def read_only_folder_costs_a_warning(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
     ask(cache, 7)
     with read_only(cache.folder):
         assert ask(cache, 8) == (7, True)

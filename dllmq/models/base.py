@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -198,3 +198,24 @@ def padding_bias(attention_mask: Tensor | None, dtype: torch.dtype) -> Float[Ten
         return None
     bias = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
     return bias.masked_fill_(~keep, torch.finfo(dtype).min)[:, None, None, :]
+
+
+def check_types(config_class: type, known: dict[str, Any]) -> None:
+    """Refuses values of config.json of another type or sign than the fields of `config_class`.
+
+    Ids may be 0, other integers are at least 1.
+
+    Raises:
+        ValueError: naming config.json, the field and what it must be.
+    """
+    kinds = {f.name: str(f.type).removesuffix(" | None") for f in fields(config_class)}
+    for name, value in known.items():
+        if kinds[name] == "bool":
+            good, needed = isinstance(value, bool), "true or false"
+        else:
+            accepted = int if kinds[name] == "int" else (int, float)
+            least = 0 if name.endswith("_id") else 1 if kinds[name] == "int" else 0
+            good = isinstance(value, accepted) and not isinstance(value, bool) and value >= least
+            needed = f"{'an integer' if kinds[name] == 'int' else 'a number'} >= {least}"
+        if not good:
+            raise ValueError(f"config.json has {name} = {value!r}; it must be {needed}.")

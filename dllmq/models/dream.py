@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from dllmq.kernels.cpu_linear import linear
 from dllmq.models.attention import AttentionProduct
-from dllmq.models.base import Block, BlockContext, GroupRow, Topology, padding_bias
+from dllmq.models.base import Block, BlockContext, GroupRow, Topology, check_types, padding_bias
 from dllmq.models.linear import Linear
 from dllmq.models.llada import RMSNorm, rope_tables, rotate
 
@@ -112,7 +112,7 @@ class DreamConfig:
                     f"{name} = {allowed[0]!r} only."
                 )
         known = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
-        _check_types(known)
+        check_types(cls, known)
         missing = [name for name in _NEEDED if name not in known]
         if missing:
             raise ValueError(
@@ -142,21 +142,6 @@ class DreamConfig:
     def max_sequence_length(self) -> int:
         """Tokens a canvas may have, under LLaDA's name for it."""
         return self.max_position_embeddings
-
-
-def _check_types(known: dict[str, Any]) -> None:
-    """Refuses values of another type or sign, which would fail later and without naming config.json."""
-    kinds = {f.name: str(f.type).removesuffix(" | None") for f in fields(DreamConfig)}
-    for name, value in known.items():
-        if kinds[name] == "bool":
-            good, needed = isinstance(value, bool), "true or false"
-        else:
-            accepted = int if kinds[name] == "int" else (int, float)
-            least = 0 if name.endswith("_id") else 1 if kinds[name] == "int" else 0
-            good = isinstance(value, accepted) and not isinstance(value, bool) and value >= least
-            needed = f"{'an integer' if kinds[name] == 'int' else 'a number'} >= {least}"
-        if not good:
-            raise ValueError(f"config.json has {name} = {value!r}; it must be {needed}.")
 
 
 def _check_sizes(c: DreamConfig) -> None:

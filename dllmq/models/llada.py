@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dllmq.kernels.cpu_linear import linear
 from dllmq.models.attention import AttentionProduct
-from dllmq.models.base import Block, BlockContext, GroupRow, Topology, padding_bias
+from dllmq.models.base import Block, BlockContext, GroupRow, Topology, check_types, padding_bias
 from dllmq.models.linear import Linear
 
 TOPOLOGY = Topology(
@@ -99,7 +99,7 @@ class LLaDAConfig:
                     f"{name} = {allowed[0]!r} only."
                 )
         known = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
-        _check_types(known)
+        check_types(cls, known)
         if (
             "mlp_hidden_size" not in known
             and isinstance(raw.get("mlp_ratio"), int | float)
@@ -150,21 +150,6 @@ class LLaDAConfig:
     def logit_size(self) -> int:
         """E, the number of logit columns; ids >= vocab_size can be emitted, as in the published model."""
         return self.embedding_size or self.vocab_size
-
-
-def _check_types(known: dict[str, Any]) -> None:
-    """Refuses values of another type or sign, which would fail later and without naming config.json."""
-    kinds = {f.name: str(f.type).removesuffix(" | None") for f in fields(LLaDAConfig)}
-    for name, value in known.items():
-        if kinds[name] == "bool":
-            good, needed = isinstance(value, bool), "true or false"
-        else:
-            accepted = int if kinds[name] == "int" else (int, float)
-            least = 0 if name.endswith("_id") else 1 if kinds[name] == "int" else 0
-            good = isinstance(value, accepted) and not isinstance(value, bool) and value >= least
-            needed = f"{'an integer' if kinds[name] == 'int' else 'a number'} >= {least}"
-        if not good:
-            raise ValueError(f"config.json has {name} = {value!r}; it must be {needed}.")
 
 
 class RMSNorm(nn.Module):
