@@ -92,7 +92,7 @@ def run(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, extra: list
     assert words[:2] == ["python", "-m"]
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [words[2], *words[3:], *extra])
-    monkeypatch.delitem(sys.modules, words[2], raising=False)  # as in a new process, whatever other tests imported
+    monkeypatch.delitem(sys.modules, words[2], raising=False)  # as in a new process
     try:
         runpy.run_module(words[2], run_name="__main__", alter_sys=False)
     except SystemExit as end:

@@ -11,6 +11,7 @@ from dllmq.report.figures import draw, write_png
 from dllmq.report.groups import Group, as_group, fidelity, groups, score, tasks, twin, varying_toggles
 from dllmq.report.html import headline, render
 from dllmq.report.results import RunRecord, Sweep, load_sweep, write_json_atomic, write_text_atomic
+from dllmq.report.settings import SettingEffect, setting_effects
 from dllmq.report.table import to_markdown
 from dllmq.report.tables import cost_table, sweep_tables
 
@@ -54,6 +55,7 @@ def summary(sweep: Sweep) -> dict[str, Any]:
         "groups": [_group(sweep, group) for group in groups(sweep)],
         "effects": [_effect(sweep, effect) for effect in effects(sweep)],
         "main_effects": [_main_effect(effect) for effect in main_effects(sweep)],
+        "settings": [_setting(found) for found in setting_effects(sweep)],
         "runs": [
             {**_outline(record), "results": path, **_differences(sweep, record)}
             for record, path in zip(sweep.records, sweep.paths or [None] * len(sweep.records), strict=True)
@@ -93,6 +95,12 @@ def _main_effect(effect: MainEffect) -> dict[str, Any]:
     names = ("toggle", "method", "placebo", "task", "metric", "twins", "verdict", "runs_p")
     own = {name: getattr(effect, name) for name in names} | {"runs": _plain(effect.runs)}
     return own | _plain(effect.delta)
+
+
+def _setting(found: SettingEffect) -> dict[str, Any]:
+    own = _main_effect(found.effect)
+    del own["toggle"], own["placebo"]
+    return {"axis": found.axis, "level": found.level, "instead_of": found.reference} | own
 
 
 def _plain(value: Any) -> dict[str, Any]:

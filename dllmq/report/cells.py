@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 from dllmq.evaluation.statistics import Estimate
-from dllmq.report.compare import Delta
-from dllmq.report.groups import Mean, is_share, lower_is_better
+from dllmq.report.compare import ALPHA, Delta
+from dllmq.report.groups import Mean, is_share, lower_is_better, most_seeds
+from dllmq.report.results import Sweep
 from dllmq.report.table import EMPTY, Cell, Tone
 
 
@@ -107,3 +109,21 @@ def _signed_in(metric: str, value: float | int, digits: int) -> str:
 
 def _number(value: float | int, share: bool) -> str:
     return f"{100 * value:.1f}" if share else f"{value:.3f}"
+
+
+# ---------------------------------------------------------------- footnotes that tables share
+
+
+def doubtful(deltas: Sequence[Delta | None]) -> Iterator[str]:
+    """A warning where an interval leaves out 0 and p is not below .05: only few problems differ at all."""
+    apart = [d for d in deltas if d and d.low is not None and d.high is not None and d.low * d.high > 0]
+    if any(d.p is not None and d.p >= ALPHA for d in apart):
+        yield (
+            "Where an interval leaves out 0 but the uncorrected p is .05 or more, few problems differ and "
+            "the interval is too narrow: p decides."
+        )
+
+
+def tests_used(sweep: Sweep) -> str:
+    several = "sign-flip permutation over problems"
+    return several if most_seeds(sweep) > 1 else f"exact McNemar for 0/1 scores, otherwise {several}"

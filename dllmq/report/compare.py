@@ -23,6 +23,7 @@ from dllmq.evaluation.statistics import (
     mcnemar,
     mean_stderr,
     sign_flip_p,
+    t_test_p,
 )
 from dllmq.report.groups import (
     Group,
@@ -107,7 +108,7 @@ class MainEffect:
         delta: speaks about new problems.
         runs: the mean over matched runs (twin pairs x seeds) with the standard error that their own spread
             gives, n counting them: two quantizations that should not differ do, and problems cannot tell.
-        runs_p: two-sided sign-flip permutation over the runs.
+        runs_p: two-sided t test over the runs.
         placebo: the pairs are those in which the switch is inert, so that all there is to see is noise.
     """
 
@@ -256,8 +257,13 @@ def main_effects(sweep: Sweep) -> list[MainEffect]:
         methods = list(dict.fromkeys(str(e.group.axes.get("method")) for e in active))
         for method in (None, *(methods if len(methods) > 1 else ())):
             pairs = [e for e in active if method in (None, str(e.group.axes.get("method")))]
-            found += _main_effects_of(sweep, toggle, method, pairs)
-        found += [replace(e, placebo=True) for e in _main_effects_of(sweep, toggle, None, inert)]
+            found += average(sweep, toggle, method, pairs)
+        found += [replace(e, placebo=True) for e in average(sweep, toggle, None, inert)]
+    return corrected(found)
+
+
+def corrected(found: Sequence[MainEffect]) -> list[MainEffect]:
+    """The same rows with Holm's correction: over all rows on the tasks, and over those of KL; no placebo."""
     families = {
         kl: iter(_corrected([e.delta for e in found if not e.placebo and (e.task == "KL") == kl]))
         for kl in (False, True)
@@ -265,16 +271,16 @@ def main_effects(sweep: Sweep) -> list[MainEffect]:
     return [e if e.placebo else replace(e, delta=next(families[e.task == "KL"])) for e in found]
 
 
-def _main_effects_of(
-    sweep: Sweep, toggle: str, method: str | None, pairs: Sequence[Effect]
+def average(
+    sweep: Sweep, toggle: str, method: str | None, pairs: Sequence[Effect], least: int = 2
 ) -> list[MainEffect]:
-    """On every task and in KL, over two twin pairs or more."""
+    """The mean over twin pairs on every task and in KL; nothing below `least` pairs."""
     measures = [(t, Measure(t, m)) for t, m in tasks(sweep).items()] + [("KL", Measure(None, "kl"))]
     found = []
-    for task, measure in measures if len(pairs) > 1 else ():
+    for task, measure in measures if len(pairs) >= least else ():
         if d := _averaged(pairs, measure):
             by_run = _run_differences(pairs, measure)
-            runs, p = mean_stderr(by_run), sign_flip_p(by_run)
+            runs, p = mean_stderr(by_run), t_test_p(by_run)
             found.append(MainEffect(toggle, method, task, measure.metric, len(pairs), d, runs, p))
     return found
 

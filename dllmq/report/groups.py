@@ -142,6 +142,10 @@ def groups(sweep: Sweep) -> list[Group]:
     return [as_group(*members) for members in found]
 
 
+def most_seeds(sweep: Sweep) -> int:
+    return max((len(g.seeds) for g in groups(sweep)), default=1)
+
+
 def as_group(*records: RunRecord) -> Group:
     """The given runs, which must differ in the seed only, as a group."""
     return Group({k: v for k, v in records[0].axes.items() if k != "seed"}, records)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
+from dllmq.report.effect_tables import effects_table, main_effects_table, settings_table
 from dllmq.report.figures import draw, to_svg
 from dllmq.report.groups import all_records, groups, label, tasks, varying_axes, varying_toggles
 from dllmq.report.html_details import changes_html, flatten, reproduce_html
@@ -19,7 +20,7 @@ from dllmq.report.plot_style import Drawing
 from dllmq.report.results import Sweep
 from dllmq.report.samples import changed_answers
 from dllmq.report.table import EMPTY, Cell, Column, Row, Table, to_html
-from dllmq.report.tables import cost_table, effects_table, first_line, main_effects_table, results_table
+from dllmq.report.tables import cost_table, first_line, results_table
 
 _POLICY = f"default-src 'none'; style-src 'unsafe-inline'; script-src '{SCRIPT_HASH}'; base-uri 'none'"
 
@@ -38,6 +39,7 @@ def render(sweep: Sweep, drawings: list[Drawing] | None = None, folder: str | Pa
         "What each switch changes": _tables([main_effects_table(sweep)], titled=True)
         + _figures(drawings, "effects")
         + _tables([effects_table(sweep)], titled=True),
+        "What each setting changes": _tables([settings_table(sweep)]),
         "Where the error arises": _figures(drawings, "curves"),
         "Cost": _cost(sweep) + _figures(drawings, "cost"),
         "Answers that changed": changes_html(sweep, changes),

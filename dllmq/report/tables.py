@@ -1,38 +1,18 @@
-"""The tables of a sweep: results, the effect of each switch, cost.
+"""The tables of a sweep: results and cost; with those of effect_tables.py, what a sweep prints.
 
 value ± stderr (n)    a score; ± is one standard error over problems; runs that differ in the seed share a row
 Δ fp [low, high]      run - full precision, paired by problem, with its 95 % interval
-effect of a switch    run - its twin (same cell, only that switch off), paired by problem and seed
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from dllmq.report.cells import (
-    delta_cell,
-    kl_cell,
-    kl_text,
-    number_cell,
-    p_cell,
-    p_text,
-    runs_cell,
-    score_cell,
-    signed,
-)
-from dllmq.report.compare import (
-    ALPHA,
-    Delta,
-    Effect,
-    MainEffect,
-    delta,
-    effects,
-    fidelity_delta,
-    main_effects,
-    relative_change,
-)
+from dllmq.report.cells import delta_cell, doubtful, kl_cell, number_cell, p_cell, score_cell, tests_used
+from dllmq.report.compare import delta
+from dllmq.report.effect_tables import effects_table, main_effects_table, settings_table
 from dllmq.report.groups import (
     Group,
     as_group,
@@ -41,6 +21,7 @@ from dllmq.report.groups import (
     inert_reason,
     is_share,
     label,
+    most_seeds,
     score,
     tasks,
     varying_axes,
@@ -48,22 +29,17 @@ from dllmq.report.groups import (
 from dllmq.report.results import Sweep
 from dllmq.report.table import EMPTY, KEEP, Cell, Column, Row, Table
 
-__all__ = [
-    "cost_table",
-    "effects_table",
-    "first_line",
-    "kl_text",
-    "main_effects_table",
-    "results_table",
-    "sweep_tables",
-]
-
 _MARKS = "¹²³⁴⁵⁶⁷⁸⁹"
 
 
 def sweep_tables(sweep: Sweep) -> list[Table]:
     """What a sweep prints: the results and, where a switch varies, its effect in each cell and on average."""
-    tables = [results_table(sweep), effects_table(sweep), main_effects_table(sweep)]
+    tables = [
+        results_table(sweep),
+        effects_table(sweep),
+        main_effects_table(sweep),
+        settings_table(sweep),
+    ]
     return tables[:1] + [table for table in tables[1:] if table.rows]
 
 
@@ -113,7 +89,7 @@ def _axis_cell(value: Any, mark: str = "") -> Cell:
 
 
 def _score_columns(sweep: Sweep, task_metrics: dict[str, str]) -> Iterator[Column]:
-    seeds = _most_seeds(sweep)
+    seeds = most_seeds(sweep)
     for i, (task, metric) in enumerate(task_metrics.items()):
         unit = " %" if is_share(metric) else ""
         n = _common_n(sweep, task, metric)
@@ -130,10 +106,6 @@ def _score_columns(sweep: Sweep, task_metrics: dict[str, str]) -> Iterator[Colum
 def _common_n(sweep: Sweep, task: str, metric: str) -> int | None:
     counts = {s.n for g in groups(sweep) if (s := score(g, task, metric))}
     return int(n) if len(counts) == 1 and (n := counts.pop()) is not None else None
-
-
-def _most_seeds(sweep: Sweep) -> int:
-    return max((len(g.seeds) for g in groups(sweep)), default=1)
 
 
 def _tail_columns(sweep: Sweep) -> Iterator[Column]:
@@ -210,7 +182,7 @@ class _InertNotes:
 def _legend(sweep: Sweep, task_metrics: dict[str, str]) -> Iterator[str]:
     if task_metrics:
         yield "± is one standard error over problems, (n) their number."
-    if _most_seeds(sweep) > 1:
+    if most_seeds(sweep) > 1:
         yield (
             "x seeds: runs that differ in the seed only share a row. A problem's seeds are averaged first, "
             "so they add no problems; errors, intervals and p are about other problems, not other seeds."
@@ -219,10 +191,10 @@ def _legend(sweep: Sweep, task_metrics: dict[str, str]) -> Iterator[str]:
         deltas = [delta(g, sweep.baseline, t, m) for g in groups(sweep) for t, m in task_metrics.items()]
         yield (
             "Δ fp: run − full precision on the same problems, [95 % bootstrap interval]. p: "
-            + _test_names(sweep)
+            + tests_used(sweep)
             + ", two-sided, not corrected for the number of runs; coloured where p < .05."
         )
-        yield from _doubtful(deltas)
+        yield from doubtful(deltas)
         if any(d and not d.paired for d in deltas):
             yield "u: not paired (no common per-problem results), so its error is an upper estimate."
     elif task_metrics:
@@ -235,129 +207,6 @@ def _legend(sweep: Sweep, task_metrics: dict[str, str]) -> Iterator[str]:
         yield "final agreement: response positions with full precision's token, each model running freely."
     if _truncation_known(sweep):
         yield "truncated: answers that filled the generated length without ending."
-
-
-def _doubtful(deltas: Sequence[Delta | None]) -> Iterator[str]:
-    """A warning where an interval leaves out 0 and p is not below .05: only few problems differ at all."""
-    apart = [d for d in deltas if d and d.low is not None and d.high is not None and d.low * d.high > 0]
-    if any(d.p is not None and d.p >= ALPHA for d in apart):
-        yield (
-            "Where an interval leaves out 0 but the uncorrected p is .05 or more, few problems differ and "
-            "the interval is too narrow: p decides."
-        )
-
-
-def _test_names(sweep: Sweep) -> str:
-    several = "sign-flip permutation over problems"
-    return several if _most_seeds(sweep) > 1 else f"exact McNemar for 0/1 scores, otherwise {several}"
-
-
-# ---------------------------------------------------------------- effects
-
-
-def effects_table(sweep: Sweep) -> Table:
-    """One row per group and switch that is on and has a twin: group - twin."""
-    found, task_metrics = effects(sweep), tasks(sweep)
-    columns = [Column("switch", KEEP, numeric=False), Column("added to", KEEP, numeric=False)]
-    for i, (task, metric) in enumerate(task_metrics.items()):
-        unit = ", points" if is_share(metric) else ""
-        title = f"{task}\n{metric.removesuffix(',none')}{unit}"
-        columns.append(Column(title, 10 + 2 * i if i else KEEP, compact=f"{task}\nΔ [95 %]"))
-        columns.append(Column(f"{task}\np (Holm)", 11 + 2 * i, compact="Holm\np"))
-    kl_p = any(e.kl and e.kl.p is not None for e in found)
-    columns += [
-        Column("KL\nnats", 30, compact="KL\nΔ nats"),
-        *([Column("KL\np (Holm)", 40, compact="Holm\np")] if kl_p else []),
-        Column("KL\nchange %", 50, compact="KL\nΔ %"),
-        Column("top-1\npoints", 51),
-    ]
-    rows = tuple(Row(tuple(_effect_cells(sweep, e, task_metrics, kl_p))) for e in found)
-    return Table("Effect of each switch", tuple(columns), rows, tuple(_effect_notes(sweep, found)))
-
-
-def _effect_cells(sweep: Sweep, effect: Effect, task_metrics: dict[str, str], kl_p: bool) -> Iterator[Cell]:
-    yield Cell(effect.toggle + (" (inert)" if effect.inert else ""))
-    yield Cell(label(effect.twin.axes, varying_axes(sweep), without=effect.toggle))
-    for task, metric in task_metrics.items():
-        yield delta_cell(effect.deltas.get(task), metric)
-        yield p_cell(effect.deltas.get(task))
-    yield delta_cell(effect.kl, "kl")
-    if kl_p:
-        yield p_cell(effect.kl)
-    change = relative_change(effect.group, effect.twin, "kl")
-    yield EMPTY if change is None else Cell(signed(100 * change, 1), sort=change)
-    top1 = fidelity_delta(effect.group, effect.twin, "top1")
-    yield EMPTY if top1 is None else Cell(signed(100 * top1.value, 2), sort=top1.value)
-
-
-def _effect_notes(sweep: Sweep, found: Sequence[Effect]) -> Iterator[str]:
-    if not found:
-        return
-    matched = "problem and seed" if _most_seeds(sweep) > 1 else "problem"
-    yield f"Each row: the run with the switch on − its twin with only that switch off, paired by {matched}."
-    p_scores = [d.p for e in found for d in e.deltas.values() if d.p is not None]
-    p_kls = [e.kl.p for e in found if e.kl and e.kl.p is not None]
-    if p_scores:
-        yield (
-            f"[95 % bootstrap interval], not corrected; p: {_test_names(sweep)}; in brackets after Holm's "
-            f"correction for the {len(p_scores)} comparisons of scores in this table. Coloured where Holm's "
-            "p < .05."
-        )
-    yield from _doubtful([d for e in found for d in (*e.deltas.values(), e.kl)])
-    if p_kls:
-        yield (
-            "KL: lower is closer to full precision; paired by held-out prompt, p by sign-flip permutation, "
-            f"Holm's correction for its own {len(p_kls)} comparisons."
-        )
-    elif any(e.kl for e in found):
-        yield "u: KL was not recorded per prompt, so it is not paired and its error is an upper estimate."
-
-
-def main_effects_table(sweep: Sweep) -> Table:
-    """What each switch changed on average over its twin pairs; no rows where no switch has two pairs."""
-    found = main_effects(sweep)
-    rows = tuple(Row(tuple(_main_effect_cells(e))) for e in found)
-    columns = [
-        Column("switch", KEEP, numeric=False),
-        Column("averaged over", KEEP, numeric=False, compact="over"),
-        Column("twin pairs", 20, compact="pairs"),
-        Column("measured on", KEEP, numeric=False),
-        Column("Δ [95 %]", KEEP),
-        Column("Holm p", 10),
-        Column("over runs", 12),
-        Column("runs p", 14),
-        Column("verdict", KEEP, numeric=False),
-    ]
-    notes = (
-        "A problem's differences (on − off) are averaged over the twin pairs and their seeds, then tested by "
-        "sign-flip permutation: pairs add no problems.",
-        "Over runs: mean ± standard error over the matched pairs of runs (in brackets), p by sign-flip "
-        "permutation over them. Low-bit quantization is chaotic: a weight's last digit moves scores, and "
-        "problems alone cannot tell that from an effect.",
-        "Placebo: pairs in which the switch has no effect (its weights are one constant), so what they show "
-        "is that noise.",
-        "Verdict: helps or hurts where p < .05 both over problems, after Holm's correction for all scores in "
-        "this table (KL: for its own rows), and over runs; otherwise no difference shown, which is not the "
-        "same as no difference.",
-    )
-    return Table("Effect of each switch on average", tuple(columns), rows, notes if rows else ())
-
-
-def _main_effect_cells(effect: MainEffect) -> Iterator[Cell]:
-    unit = "nats" if effect.task == "KL" else "points" if is_share(effect.metric) else effect.metric
-    shown = effect.verdict != "no difference shown"
-    yield Cell(effect.toggle)
-    over = "its inert pairs" if effect.placebo else effect.method or "all methods"
-    yield Cell(over, compact="inert" if effect.placebo else effect.method or "all")
-    yield Cell(str(effect.twins), sort=effect.twins)
-    yield Cell(f"{effect.task}, {unit}")
-    difference = delta_cell(effect.delta, effect.metric)
-    yield difference if shown and not effect.placebo else replace(difference, tone="muted")
-    p = effect.delta.p_holm
-    yield EMPTY if p is None else Cell(p_text(p), sort=p)
-    yield runs_cell(effect.runs, effect.metric)
-    yield Cell(p_text(effect.runs_p), sort=effect.runs_p)
-    yield Cell(effect.verdict, "" if shown else "muted", compact=effect.verdict if shown else "not shown")
 
 
 # ---------------------------------------------------------------- cost
@@ -384,7 +233,7 @@ def cost_table(sweep: Sweep) -> Table:
     titles += ["quantized\n% params", "speed\ntokens/s", "forwards\n "]
     columns = tuple(Column(title, KEEP, numeric=title != "run") for title in titles)
     notes = ["Weights are counted at their true bit width, scales and zeros included."]
-    notes += ["Each row is one run: the mean over its seeds."] if _most_seeds(sweep) > 1 else []
+    notes += ["Each row is one run: the mean over its seeds."] if most_seeds(sweep) > 1 else []
     return Table("Cost", columns, tuple(rows), tuple(notes))
 
 

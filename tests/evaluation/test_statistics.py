@@ -18,6 +18,7 @@ from dllmq.evaluation.statistics import (
     mean_stderr,
     paired_difference,
     sign_flip_p,
+    t_test_p,
 )
 
 scores = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=30)
@@ -173,6 +174,16 @@ def test_where_nothing_differs_the_false_alarms_are_as_rare_as_claimed():
 
 
 # ---------------------------------------------------------------- Holm
+
+
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=9).filter(lambda d: np.std(d) > 1e-6))
+def test_a_t_test_is_scipys(d):
+    assert t_test_p(d) == pytest.approx(stats.ttest_1samp(d, 0).pvalue, rel=1e-6)
+
+
+def test_a_t_test_without_spread():
+    assert t_test_p([0.3]) == t_test_p([0.0, 0.0]) == 1
+    assert t_test_p([0.5, 0.5, 0.5]) == 0
 
 
 def test_holm_of_worked_examples():

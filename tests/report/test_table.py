@@ -9,20 +9,13 @@ from rich.console import Console
 
 from dllmq.report.__main__ import main
 from dllmq.report.build import markdown, summary, write_report
-from dllmq.report.cells import delta_cell, p_text
+from dllmq.report.cells import delta_cell, kl_text, p_text
 from dllmq.report.compare import Delta, delta, effects
+from dllmq.report.effect_tables import effects_table, main_effects_table
 from dllmq.report.groups import label, primary_metric, varying_axes
 from dllmq.report.results import Sweep, load_sweep
 from dllmq.report.table import Cell, Column, Row, Table, to_html, to_markdown, to_rich
-from dllmq.report.tables import (
-    cost_table,
-    effects_table,
-    first_line,
-    kl_text,
-    main_effects_table,
-    results_table,
-    sweep_tables,
-)
+from dllmq.report.tables import cost_table, first_line, results_table, sweep_tables
 from tests.report.records_factory import ablation, baseline, cells, record, with_prompts, write_sweep
 
 
