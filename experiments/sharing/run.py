@@ -15,7 +15,16 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-SIZES = ["eval.limit=25", "eval.fidelity_states=100", "tasks=mini_gsm", "tracker=none", "threads=1"]
+SIZES = [
+    "tasks=mini_gsm",
+    "eval.limit=10",
+    "eval.fidelity_states=50",
+    "eval.fidelity_prompts=8",
+    "calibration.num_prompts=16",
+    "calibration.num_states=32",
+    "tracker=none",
+    "threads=1",
+]
 AXES = {
     "method": ("awq", "gptq"),
     "tmas": ("false", "true"),
