@@ -29,6 +29,7 @@ from dllmq.report.groups import (
 from dllmq.report.results import Sweep
 from dllmq.report.table import EMPTY, KEEP, Cell, Column, Row, Table
 
+CACHED = "cached"
 _MARKS = "¹²³⁴⁵⁶⁷⁸⁹"
 
 
@@ -221,7 +222,8 @@ def cost_table(sweep: Sweep) -> Table:
     for name, group in named:
         cells = (
             Cell(name),
-            *(number_cell(_cost(group, k), "{:.1f}") for k in ("calibrate_s", "quantize_s", "evaluate_s")),
+            _calibration_cell(group),
+            *(number_cell(_cost(group, k), "{:.1f}") for k in ("quantize_s", "evaluate_s")),
             number_cell(_cost(group, "peak_memory_bytes"), "{:.1f}", 2**-20),
             number_cell(_cost(group, "weight_bytes"), "{:.2f}", 2**-20),
             number_cell(_cost(group, "quantized_share"), "{:.1f}", 100),
@@ -234,7 +236,19 @@ def cost_table(sweep: Sweep) -> Table:
     columns = tuple(Column(title, KEEP, numeric=title != "run") for title in titles)
     notes = ["Weights are counted at their true bit width, scales and zeros included."]
     notes += ["Each row is one run: the mean over its seeds."] if most_seeds(sweep) > 1 else []
+    if any(cell.text == CACHED for row in rows for cell in row.cells):
+        notes.append(
+            f"{CACHED}: another run had computed the same calibration states; its time is what they cost."
+        )
     return Table("Cost", columns, tuple(rows), tuple(notes))
+
+
+def _calibration_cell(group: Group) -> Cell:
+    """Seconds of the runs that computed their calibration states themselves, which is what they cost."""
+    kept = [r for r in group.records if "states" not in r.notes.get("shared", {}).get("read", ())]
+    if not kept:
+        return Cell(CACHED, sort=0.0)
+    return number_cell(_cost(as_group(*kept), "calibrate_s"), "{:.1f}")
 
 
 def first_line(error: Any) -> str:

@@ -210,6 +210,15 @@ def test_the_kl_of_a_switch_has_its_own_interval_and_correction(seeds):
     assert any("its own 8 comparisons" in n for n in table.footnotes)
 
 
+def test_reading_states_from_the_cache_is_not_what_calibration_costs():
+    made, read = ({"notes": {"shared": {kind: ["states"]}}} for kind in ("made", "read"))
+    runs = [dataclasses.replace(record(seed=i), **notes) for i, notes in enumerate((made, read))]
+    alone = dataclasses.replace(record("awq"), **read)
+    table = cost_table(Sweep("s", (*runs, alone), None, ()))
+    assert column(table, "calibrate\ns") == [f"{runs[0].cost['calibrate_s']:.1f}", "cached"]
+    assert any(note.startswith("cached:") for note in table.footnotes)
+
+
 def test_average_effects_are_told_in_words(seeds):
     table = main_effects_table(seeds)
     shown = list(zip(*(column(table, c.title) for c in table.columns), strict=True))
