@@ -143,9 +143,11 @@ class Recipe:
         if reason := self._weight_is_inert(method, full_precision):
             out.append(f"cgq: {reason}")
         searches = self.value_scale_name != "minmax"
+        name = "iaaq" if self.value_scale_name == "iaaq" else f"value_scale={self.value_scale_name}"
         if searches and (full_precision or self.attention.V is None):
-            name = "iaaq" if self.value_scale_name == "iaaq" else f"value_scale={self.value_scale_name}"
             out.append(f"{name}: V is not quantized, so there is no scale to choose")
+        elif searches and getattr(self.value_scale, "keywords", {}).get("alphas") == (1.0,):
+            out.append(f"{name}: alpha = 1 is all that is searched, which is min-max")
         return out
 
     def _weight_is_inert(self, method: str, full_precision: bool) -> str | None:

@@ -332,6 +332,8 @@ def test_iaaq_is_a_value_of_the_scale_slot(
         (["iaaq=true", "attn_bits=none"], ["iaaq: V is not quantized"]),
         (["iaaq=true", "bits=w4a16"], ["iaaq: V is not quantized"]),
         (["value_scale=mse", "bits=w4a16"], ["value_scale=mse: V is not quantized"]),
+        (["iaaq=true", "iaaq_alpha_min=1"], ["iaaq: alpha = 1 is all that is searched"]),
+        (["value_scale=mse", "iaaq_alpha_step=0.9"], ["value_scale=mse: alpha = 1 is all that is searched"]),
         (["method=fp", "tmas=true", "cgq=true", "iaaq=true"], ["tmas: FP", "cgq: FP", "iaaq: V"]),
         (["method=awq", "tmas=true", "cgq=true", "iaaq=true", "bits=w4a4"], []),
     ],

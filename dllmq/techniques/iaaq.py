@@ -37,12 +37,17 @@ def alpha_grid(lowest: float = 0.8, step: float = 0.01) -> tuple[float, ...]:
     """1, 1 - step, ... down to `lowest`.
 
     Raises:
-        ValueError: lowest outside (0, 1], or step outside (0, 1].
+        ValueError: lowest outside (0, 1], step outside (0, 1], or more than 1,000 steps.
     """
     if not 0 < lowest <= 1 or not 0 < step <= 1:
         raise ValueError(
             f"iaaq_alpha_min={lowest} and iaaq_alpha_step={step}: both must lie in (0, 1]; the paper's range "
             "is 1.0 down to 0.8."
+        )
+    if (1 - lowest) / step > 1000:
+        raise ValueError(
+            f"iaaq_alpha_step={step} makes more than 1000 values of alpha down to {lowest}, each a pass over "
+            "every value: the paper's step is 0.01."
         )
     return tuple(round(1 - i * step, 10) for i in range(int((1 - lowest) / step + 1e-9) + 1))
 

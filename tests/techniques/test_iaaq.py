@@ -224,6 +224,9 @@ def test_alphas_go_from_one_to_the_lowest() -> None:
     assert tuple(round(1 - i / 100, 2) for i in range(21)) == ALPHAS  # the paper's 1.0 ... 0.8
     assert alpha_grid(0.5, 0.25) == (1.0, 0.75, 0.5)
     assert alpha_grid(0.8, 0.15) == (1.0, 0.85)  # a step that overshoots stops before
+    assert len(alpha_grid(0.5, 0.0005)) == 1001
+    with pytest.raises(ValueError, match="more than 1000 values of alpha"):
+        alpha_grid(0.8, 1e-6)
     assert alpha_grid(1.0) == (1.0,)
 
 
