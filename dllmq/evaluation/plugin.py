@@ -10,12 +10,14 @@ command is theirs, argument by argument, after that import. `simple_evaluate(mod
 needs the import too.
 
 Every argument of --model_args is a field of `Arguments`. One that is given there wins over --batch_size and
---device. With --apply_chat_template the prompts are wrapped in the tokenizer's chat template.
+--device; where there is no CUDA device the latter, whose default is cuda:0, gives way to the CPU. With
+--apply_chat_template the prompts are wrapped in the tokenizer's chat template.
 """
 
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 import sys
 from collections.abc import Mapping
@@ -34,6 +36,7 @@ from dllmq.evaluation.settings import EvalSettings
 from dllmq.models.loading import checkpoint_folder, load_model, read_config
 from dllmq.models.tokenizer import load_tokenizer
 
+log = logging.getLogger(__name__)
 NAME = "dllmq"
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _KINDS = {"str": (str,), "int": (int,), "float": (int, float), "int | str": (int, str)}
@@ -192,6 +195,8 @@ class DllmqLM(DiffusionLM):
     ) -> DllmqLM:
         """The model of these arguments; `additional_config` is what lm-eval's own options say of it."""
         options = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if str(options.get("device")).startswith("cuda") and not torch.cuda.is_available():
+            log.warning("device %s is not here (it is lm-eval's default): CPU", options.pop("device"))
         try:
             return cls(Arguments.of(options | arg_dict))
         except ValueError as error:
@@ -230,7 +235,7 @@ def main() -> None:
     try:
         cli_evaluate()
     except ValueError as error:
-        print(f"lm_eval: {error}", file=sys.stderr)
+        print(error, file=sys.stderr)
         sys.exit(1)
 
 

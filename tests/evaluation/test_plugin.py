@@ -99,7 +99,7 @@ def test_the_chat_template_is_applied_when_asked_for(folder: Path, tmp_path: Pat
 
 
 def test_lm_evals_options_give_way_to_model_args(folder: Path) -> None:
-    options = {"batch_size": 1, "max_batch_size": None, "device": None}
+    options = {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"}  # lm-eval's defaults
     made = get_model("dllmq").create_from_arg_string(f"pretrained={folder},{ARGUMENTS}", options)
     assert isinstance(made, DllmqLM) and made.settings == replace(SETTINGS, max_length=256)
     other = DllmqLM.create_from_arg_obj({"pretrained": str(folder), "gen_length": 16}, {"batch_size": "7"})
@@ -125,7 +125,8 @@ def test_strata_divide_the_samples(folder: Path, mc_num: int, strata: int) -> No
 
 def test_dream_is_told_by_its_config(tmp_path: Path) -> None:
     raw = {"architectures": ["DreamModel"], "hidden_size": 16, "num_hidden_layers": 1,
-           "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16, "vocab_size": 500, "mask_token_id": 2,
+           "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16,
+           "vocab_size": 500, "mask_token_id": 2,
            "eos_token_id": 1, "rope_theta": 1e4, "max_position_embeddings": 64}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(raw))
     state = {n: p.detach().clone() for n, p in Dream(DreamConfig.from_dict(raw)).state_dict().items()}
