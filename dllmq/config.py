@@ -54,6 +54,11 @@ class ModelSamplerFields:
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
     remasking: str = "low_confidence"
+    temperature: float = 0.0
+    alg_temp: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    eps: float = 1e-3
 
 
 @dataclass
@@ -63,6 +68,7 @@ class ModelFields:
     dtype: str = "auto"
     default_bits: str = "w4a4"
     chat_template: bool = False
+    add_bos: bool = False
     sampler: ModelSamplerFields = field(default_factory=ModelSamplerFields)
 
 
@@ -86,6 +92,10 @@ class SamplerFields:
     remasking: str = "low_confidence"
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
+    alg_temp: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    eps: float = 1e-3
 
 
 @dataclass

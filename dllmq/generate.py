@@ -161,7 +161,8 @@ def load(plan: Plan, prompt: str) -> Runner:
     folder = checkpoint_folder(plan.config.model_path)
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, plan.device, getattr(torch, plan.config.dtype()))
-    ids = encode_prompts([prompt], tokenizer, plan.config.model.chat_template)[0]
+    layout = plan.config.model
+    ids = encode_prompts([prompt], tokenizer, layout.chat_template, layout.add_bos)[0]
     most, rest = model.config.max_sequence_length, plan.recipe.sampler.gen_length
     if len(ids) + rest > most:
         raise ValueError(

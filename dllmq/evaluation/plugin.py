@@ -64,6 +64,7 @@ class Arguments:
         mc_num: Monte-Carlo samples per likelihood.
         mc_batch_size: strata per Monte-Carlo batch; the largest of 8, 4, 2, 1 that divides mc_num.
         rows_per_forward: masked copies in one forward of the likelihood.
+        add_bos: start prompts with the tokenizer's BOS, as Dream's authors do with Dream-Base.
         max_length: tokens a canvas may have; what config.json says.
         seed: of the sampler's noise and the likelihood's masks. threads: of the CPU; torch's choice.
     """
@@ -89,6 +90,7 @@ class Arguments:
     mc_num: int = 128
     mc_batch_size: int | None = None
     rows_per_forward: int = 64
+    add_bos: bool = False
     max_length: int | None = None
     seed: int = 0
     threads: int | None = None
@@ -147,6 +149,7 @@ class Arguments:
             mc_batch_size=math.gcd(self.mc_num, 8) if self.mc_batch_size is None else self.mc_batch_size,
             rows_per_forward=self.rows_per_forward,
             seed=self.seed,
+            add_bos=self.add_bos,
             max_length=self.max_length or getattr(model_config, "max_sequence_length", None),
         )
 
