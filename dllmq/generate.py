@@ -3,7 +3,8 @@
     python -m dllmq.generate                                       a dev problem, the embedded model
     python -m dllmq.generate "Question: ..." sampler.steps=24      any switch of dllmq.run, spelled as there
     python -m dllmq.generate --side-by-side method=rtn bits=w2a4   full precision beside the quantized model
-    echo "..." | python -m dllmq.generate - --model <folder or hub id> --trace
+    echo "..." | python -m dllmq.generate - --model <hub id> --trace
+    python -m dllmq.generate "..." --model <folder> model=dream_v0_7b_base   a folder, a preset's settings
 
 Naming a switch of quantization (method=, bits=, tmas= ...) quantizes on the fly, with dllmq.run's defaults
 and from its cache. In a pipe there is no animation: the final texts, and with --trace a line per step.
@@ -52,7 +53,10 @@ from dllmq.report.progress import progress_bar
 Progress = Callable[[int, int, str], None]
 
 # Switches that do not ask for a quantized model.
-_OF_THE_MODEL = ("model", "sampler", "device", "threads", "seed", "cache_dir", "tasks", "eval", "tracker")
+_OF_THE_MODEL = (
+    "model", "sampler", "device", "threads", "seed", "cache_dir", "tasks", "eval", "tracker", "name",
+    "resume", "dry_run",
+)  # fmt: skip
 _OVERRIDE = re.compile(r"[~+]*[A-Za-z_][\w./@]*=")
 FULL_PRECISION = "full precision"
 PROBLEM = "the first dev problem of mini_gsm"

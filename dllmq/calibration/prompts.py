@@ -42,7 +42,7 @@ def read_prompts(path: Path, count: int) -> list[str]:
 def encode_prompts(
     texts: list[str], tokenizer: Any, chat_template: bool, add_bos: bool = False
 ) -> list[Tensor]:
-    """Token ids [P] of each text, in the chat layout if asked for; no special token is added but BOS if asked.
+    """Token ids [P] of each text, in the chat layout if asked for; nothing is added but BOS, if asked for.
 
     Raises:
         ValueError: BOS is asked for, but the tokenizer has none.

@@ -6,13 +6,15 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from lm_eval.api.registry import get_model
+from lm_eval.api.model import LM
+from lm_eval.api.registry import Registry, get_model
 from safetensors.torch import save_file
 from tiny_checkpoint import save_checkpoint
 
@@ -185,7 +187,12 @@ def test_an_uncaught_refusal_ends_a_program_without_a_traceback() -> None:
 
 def test_the_entry_point_names_the_class() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["entry-points"]["lm_eval.models"] == {"dllmq": f"{DllmqLM.__module__}:DllmqLM"}
+    (item,) = project["entry-points"]["lm_eval.models"].items()
+    assert item == ("dllmq", f"{DllmqLM.__module__}:DllmqLM")
+    later = Registry("model", base_cls=LM)  # as versions after 0.4.13 fill it
+    later.register("dllmq", target=EntryPoint(*item, group="lm_eval.models"))
+    assert later.get("dllmq") is DllmqLM and get_model("dllmq") is DllmqLM
+    assert get_model("dummy").__name__ == "DummyLM"  # lm-eval's own models are still there
 
 
 @pytest.mark.slow
