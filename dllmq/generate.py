@@ -35,7 +35,7 @@ from dllmq.config import Plan, compose_plan, preset_of
 from dllmq.diffusion import apply, denoise
 from dllmq.full_precision import FullPrecision
 from dllmq.mini.tasks import problems
-from dllmq.models.loading import checkpoint_folder, load_model
+from dllmq.models.loading import checkpoint_folder, load_model, read_config
 from dllmq.models.tokenizer import load_tokenizer
 from dllmq.pipeline import quantize, set_backend
 from dllmq.report.denoising import (
@@ -164,15 +164,15 @@ def load(plan: Plan, prompt: str) -> Runner:
     """
     folder = checkpoint_folder(plan.config.model_path)
     tokenizer = load_tokenizer(folder)
-    model = load_model(folder, plan.device, getattr(torch, plan.config.dtype()))
     layout = plan.config.model
     ids = encode_prompts([prompt], tokenizer, layout.chat_template, layout.add_bos)[0]
-    most, rest = model.config.max_sequence_length, plan.recipe.sampler.gen_length
+    most, rest = read_config(folder)[0].max_sequence_length, plan.recipe.sampler.gen_length
     if len(ids) + rest > most:
         raise ValueError(
             f"the prompt has {len(ids)} tokens and gen_length is {rest}, together more than the model's "
             f"{most}: shorten the prompt, or lower sampler.gen_length."
         )
+    model = load_model(folder, plan.device, getattr(torch, plan.config.dtype()))
     return Runner(plan, model, tokenizer, ids)
 
 

@@ -60,6 +60,8 @@ def test_prompts_start_with_bos_where_asked_for() -> None:
     tokenizer = load_tokenizer(EMBEDDED)
     plain, bos = (encode_prompts(["Question"], tokenizer, False, on)[0].tolist() for on in (False, True))
     assert bos == [tokenizer.bos_token_id, *plain]
+    chat, also = (encode_prompts(["Question"], tokenizer, True, on)[0].tolist() for on in (False, True))
+    assert chat == also and chat.count(tokenizer.bos_token_id) == 1
     tokenizer.bos_token = None
     with pytest.raises(ValueError, match="no BOS token"):
         encode_prompts(["Question"], tokenizer, False, True)

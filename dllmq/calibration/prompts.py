@@ -42,12 +42,13 @@ def read_prompts(path: Path, count: int) -> list[str]:
 def encode_prompts(
     texts: list[str], tokenizer: Any, chat_template: bool, add_bos: bool = False
 ) -> list[Tensor]:
-    """Token ids [P] of each text, in the chat layout if asked for; nothing is added but BOS, if asked for.
+    """Token ids [P] of each text, in the chat layout if asked for; nothing is added but BOS, if asked for
+    and no chat layout brings its own.
 
     Raises:
         ValueError: BOS is asked for, but the tokenizer has none.
     """
-    bos = [tokenizer.bos_token_id] if add_bos else []
+    bos = [tokenizer.bos_token_id] if add_bos and not chat_template else []
     if None in bos:
         raise ValueError("add_bos=true, but the tokenizer has no BOS token: set model.add_bos=false.")
     if chat_template:

@@ -146,7 +146,7 @@ class DiffusionLM(LM):
         Raises:
             ValueError: BOS is asked for, but the tokenizer has none.
         """
-        if not self.settings.add_bos:
+        if not self.settings.add_bos or self.settings.chat_template:
             return []
         bos = getattr(self.tokenizer, "bos_token_id", None)
         if bos is None:

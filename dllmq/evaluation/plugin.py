@@ -64,7 +64,8 @@ class Arguments:
         mc_num: Monte-Carlo samples per likelihood.
         mc_batch_size: strata per Monte-Carlo batch; the largest of 8, 4, 2, 1 that divides mc_num.
         rows_per_forward: masked copies in one forward of the likelihood.
-        add_bos: start prompts with the tokenizer's BOS, as Dream's authors do with Dream-Base.
+        add_bos: start prompts with the tokenizer's BOS, as Dream's authors do with Dream-Base (not together
+            with --apply_chat_template, which brings its own).
         max_length: tokens a canvas may have; what config.json says.
         seed: of the sampler's noise and the likelihood's masks. threads: of the CPU; torch's choice.
     """
@@ -181,8 +182,10 @@ class DllmqLM(DiffusionLM):
             if arguments.threads < 1:
                 raise ValueError(f"threads={arguments.threads} is too small; it must be at least 1.")
             torch.set_num_threads(arguments.threads)
-        model, tokenizer = load_model(folder, device, DTYPES[arguments.dtype]), load_tokenizer(folder)
-        super().__init__(model, tokenizer, settings)
+        tokenizer = load_tokenizer(folder)
+        if arguments.add_bos and tokenizer.bos_token_id is None:
+            raise ValueError("add_bos=true, but the tokenizer has no BOS token: leave it out.")
+        super().__init__(load_model(folder, device, DTYPES[arguments.dtype]), tokenizer, settings)
         self.arguments = arguments
 
     @classmethod

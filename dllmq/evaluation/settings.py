@@ -23,7 +23,8 @@ class EvalSettings:
         seed: of the sampler's noise and of the likelihood's masks.
         max_length: tokens a canvas may have; None: the model's max_sequence_length.
         chat_template: wrap prompts in the tokenizer's chat template.
-        add_bos: prompts that are generated from, and contexts of likelihoods, start with the tokenizer's BOS.
+        add_bos: prompts that are generated from, and contexts of likelihoods, start with the tokenizer's BOS;
+            not with a chat template, which brings its own.
     """
 
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
