@@ -294,6 +294,7 @@ def eval_settings(config: RunConfig, plan: Plan) -> EvalSettings:
         mc_num=config.mc_num(),
         mc_batch_size=config.eval.mc_batch_size,
         chat_template=config.model.chat_template,
+        add_bos=config.model.add_bos,
     )
 
 

@@ -12,12 +12,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -50,6 +54,11 @@ class ModelSamplerFields:
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
     remasking: str = "low_confidence"
+    temperature: float = 0.0
+    alg_temp: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    eps: float = 1e-3
 
 
 @dataclass
@@ -59,6 +68,7 @@ class ModelFields:
     dtype: str = "auto"
     default_bits: str = "w4a4"
     chat_template: bool = False
+    add_bos: bool = False
     sampler: ModelSamplerFields = field(default_factory=ModelSamplerFields)
 
 
@@ -82,6 +92,10 @@ class SamplerFields:
     remasking: str = "low_confidence"
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
+    alg_temp: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    eps: float = 1e-3
 
 
 @dataclass
@@ -284,6 +298,29 @@ def load(cfg: DictConfig) -> RunConfig:
         raise ValueError(f"{key}: {first}." if key else f"{first}.") from error
     assert isinstance(config, RunConfig)
     return config
+
+
+def compose_plan(overrides: Sequence[str]) -> Plan:
+    """The checked plan of a run with these overrides, for entry points that Hydra does not start.
+
+    Raises:
+        ValueError: one sentence, whether Hydra refuses an override or check_cell the run.
+    """
+    with initialize_config_module("dllmq.conf", version_base="1.3"):
+        try:
+            cfg = compose("config", overrides=list(overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            text = " ".join(str(error).partition("Config search path:")[0].split())
+            raise ValueError(text) from error
+    return check_cell(cfg)
+
+
+def preset_of(hub_id: str) -> str | None:
+    """The option of the group `model` whose path is this hub id."""
+    for file in sorted(files("dllmq.conf").joinpath("model").iterdir(), key=lambda f: f.name):
+        if yaml.safe_load(file.read_text(encoding="utf-8"))["path"] == hub_id:
+            return file.name.removesuffix(".yaml")
+    return None
 
 
 def _refuse_unknown(node: DictConfig, schema: Any, prefix: str) -> None:
@@ -546,6 +583,7 @@ def code_digest() -> str:
         if file.suffix in (".py", ".yaml") and inside[0] not in (
             "report",
             "run.py",
+            "generate.py",
             "cache.py",
             "conf",
             "__pycache__",

@@ -60,7 +60,7 @@ def test_what_the_tests_compose_is_what_hydra_does() -> None:
         (["+cgq_unmaskd=0.5"], ["no key cgq_unmaskd", "Did you mean cgq_unmasked?"]),
         (["+eval.limits=3"], ["no key eval.limits", "Did you mean limit?"]),
         (["+model.sampler.stepz=3"], ["no key model.sampler.stepz", "Did you mean steps?"]),
-        (["+sampler.top_k=5"], ["no key sampler.top_k", "Known: gen_length"]),
+        (["+sampler.width=5"], ["no key sampler.width", "Known: gen_length"]),
         (["+method.dampp=0.1"], ["no key method.dampp", "Did you mean damp?"]),
         (["method=rtn", "+method.damp=0.1"], ["no key method.damp"]),
         (["+method.damp.x=1"], ["method"]),

@@ -39,8 +39,18 @@ def read_prompts(path: Path, count: int) -> list[str]:
     )
 
 
-def encode_prompts(texts: list[str], tokenizer: Any, chat_template: bool) -> list[Tensor]:
-    """Token ids [P] of each text, in the chat layout if asked for, without special tokens added."""
+def encode_prompts(
+    texts: list[str], tokenizer: Any, chat_template: bool, add_bos: bool = False
+) -> list[Tensor]:
+    """Token ids [P] of each text, in the chat layout if asked for; nothing is added but BOS, if asked for
+    and no chat layout brings its own.
+
+    Raises:
+        ValueError: BOS is asked for, but the tokenizer has none.
+    """
+    bos = [tokenizer.bos_token_id] if add_bos and not chat_template else []
+    if None in bos:
+        raise ValueError("add_bos=true, but the tokenizer has no BOS token: set model.add_bos=false.")
     if chat_template:
         texts = [
             tokenizer.apply_chat_template(
@@ -48,5 +58,5 @@ def encode_prompts(texts: list[str], tokenizer: Any, chat_template: bool) -> lis
             )
             for text in texts
         ]
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    ids = [bos + list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     return [torch.tensor(row, dtype=torch.long) for row in ids]

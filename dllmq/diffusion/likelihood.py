@@ -15,22 +15,34 @@ Differences:
   num_samples. The same sum, up to rounding.
 - Only what was drawn is scored. The reference also scores a mask id that stands in the prompt or the answer.
 
+A model with shifted logits (Dream) is scored as its authors do, `_eval_target_nll_mc` of their harness: with
+t ~ U(0, 1) and each answer token masked with probability p = (1 - eps) t + eps, eps = 1e-3,
+
+    log p(a | q) >= -E_t,x_t [ 1 / p  sum_{i masked} -log p(a_i | q, x_t) ]
+
+each batch stratified in t (process.bernoulli_masks). For eps -> 0 the expectation is the one above: a mask of
+k out of T tokens weighs 1 / (k binom(T, k)) in both. An end of text follows the answer, is never masked and
+is not scored. The sequence's first token is never masked either, as no column predicts it; so the prompt has
+at least one token (BOS; theirs is BOS for Dream-Base). Not divided by the length.
+
 Legend: P prompt tokens, A = T answer tokens, R rows of one forward, L columns.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dllmq.diffusion.predict import MaskPredictor, at_least_float32, hidden_states, logits_at
-from dllmq.diffusion.process import stratified_masks
-from dllmq.diffusion.sampler import SamplerConfig, apply, denoise
+from dllmq.diffusion.process import bernoulli_masks, stratified_masks
+from dllmq.diffusion.sampler import apply, one_at_a_time
 
 Progress = Callable[[int, int, str], None]
+_DREAM_EPS = 1e-3  # the least mask ratio of Dream's estimator, as its authors set it
 
 
 def log_likelihood(
@@ -51,14 +63,15 @@ def log_likelihood(
         num_samples: Monte-Carlo samples, a multiple of batch_size.
         batch_size: strata per batch, and rows per forward.
         cfg_scale: classifier-free guidance; 0 is off.
-        generator: a CPU generator; asked for one randint, then batch_size randperms, per batch. None: torch's
-            default one.
+        generator: a CPU generator; asked for one randint, then batch_size randperms, per batch (Dream: see
+            process.bernoulli_masks). None: torch's default one.
 
     Raises:
-        ValueError: num_samples is not a multiple of batch_size, or the answer is empty.
+        ValueError: num_samples is not a multiple of batch_size, the answer is empty, or Dream's prompt.
     """
     _check(num_samples, batch_size, cfg_scale, [answer_ids])
-    rows = _rows(0, prompt_ids, answer_ids, num_samples, batch_size, generator)
+    draw = _rows_of(model, [(prompt_ids, answer_ids)])
+    rows = draw(0, prompt_ids, answer_ids, num_samples, batch_size, generator)
     return _evaluate(model, rows, 1, batch_size, cfg_scale, None)[0]
 
 
@@ -88,12 +101,13 @@ def log_likelihoods(
     _check(num_samples, batch_size, cfg_scale, [answer for _, answer in requests])
     if rows_per_forward < 1:
         raise ValueError(f"rows_per_forward must be an integer >= 1; got {rows_per_forward}.")
+    draw = _rows_of(model, requests)
 
     def all_rows() -> Iterator[_Row]:
         longest_first = sorted(range(len(requests)), key=lambda r: -sum(len(ids) for ids in requests[r]))
         for r in longest_first:
             generator = request_generator(*requests[r], seed)
-            yield from _rows(r, *requests[r], num_samples, batch_size, generator)
+            yield from draw(r, *requests[r], num_samples, batch_size, generator)
 
     return _evaluate(model, all_rows(), len(requests), rows_per_forward, cfg_scale, progress)
 
@@ -122,9 +136,8 @@ def greedy_match(
     """
     _check(1, 1, cfg_scale, [answer_ids])
     length = len(answer_ids)
-    config = SamplerConfig(gen_length=length, steps=length, block_length=length, cfg_scale=cfg_scale)
     answer = answer_ids.to(model.device)
-    for step in denoise(model, prompt_ids[None], config):
+    for step in one_at_a_time(model, prompt_ids[None], length, cfg_scale):
         committed, prediction = step.committed[0, -length:], step.prediction[0, -length:]
         if bool((committed & (prediction != answer)).any()):
             return False
@@ -139,13 +152,31 @@ class _Row:
     prompt: Int[Tensor, " P"]
     answer: Int[Tensor, " A"]
     masked: Bool[Tensor, " A"]
-    weight: float  # of its cross-entropy in the request's estimate: multiplicity * T / l / num_samples
+    weight: float  # of its cross-entropy in the request's estimate: LLaDA multiplicity * T / l / num_samples
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
 
 
-def _rows(
+def _rows_of(
+    model: MaskPredictor, requests: Sequence[tuple[Tensor, Tensor]]
+) -> Callable[..., Iterator[_Row]]:
+    """What draws a request's samples for this model: LLaDA's estimator, or Dream's.
+
+    Raises:
+        ValueError: an empty prompt, with Dream.
+    """
+    if not getattr(model.config, "shifted_logits", False):
+        return _llada_rows
+    if any(len(prompt) == 0 for prompt, _ in requests):
+        raise ValueError(
+            "A prompt has no tokens, and Dream cannot predict the first token of a sequence: start prompts "
+            "with BOS (add_bos=true)."
+        )
+    return partial(_dream_rows, end=torch.tensor([int(model.config.eos_token_id)]))
+
+
+def _llada_rows(
     request: int,
     prompt: Int[Tensor, " P"],
     answer: Int[Tensor, " A"],
@@ -153,7 +184,7 @@ def _rows(
     batch_size: int,
     generator: torch.Generator | None,
 ) -> Iterator[_Row]:
-    """Draws a request's samples; those with equal masks become one row."""
+    """LLaDA's: draws a request's samples; those with equal masks become one row."""
     prompt, answer = prompt.cpu(), answer.cpu()
     batches = [
         stratified_masks(len(answer), batch_size, generator)[0] for _ in range(num_samples // batch_size)
@@ -162,6 +193,31 @@ def _rows(
     for masked, times in zip(masks, multiplicity.tolist(), strict=True):
         weight = times * len(answer) / int(masked.sum()) / num_samples
         yield _Row(request, prompt, answer, masked, weight)
+
+
+def _dream_rows(
+    request: int,
+    prompt: Int[Tensor, " P"],
+    answer: Int[Tensor, " A"],
+    num_samples: int,
+    batch_size: int,
+    generator: torch.Generator | None,
+    end: Int[Tensor, "1"],
+) -> Iterator[_Row]:
+    """Dream's: equal masks become one row, with the sum of their weights; no masks are no row."""
+    prompt, answer = prompt.cpu(), answer.cpu()
+    columns = len(prompt) + len(answer) + len(end)
+    drawn = [
+        bernoulli_masks(len(answer), columns, batch_size, _DREAM_EPS, generator)
+        for _ in range(num_samples // batch_size)
+    ]
+    masks, which = torch.cat([masked for masked, _ in drawn]).cpu().unique(dim=0, return_inverse=True)
+    ratios = torch.cat([p for _, p in drawn]).cpu().double()
+    weights = torch.zeros(len(masks), dtype=torch.float64).index_add_(0, which, 1 / ratios / num_samples)
+    sequence, never = torch.cat([answer, end]), torch.zeros(1, dtype=torch.bool)
+    for masked, weight in zip(masks, weights.tolist(), strict=True):
+        if bool(masked.any()):
+            yield _Row(request, prompt, sequence, torch.cat([masked, never]), weight)
 
 
 @torch.no_grad()

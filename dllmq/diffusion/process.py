@@ -84,6 +84,33 @@ def stratified_masks(
     return torch.stack(order) < counts[:, None], counts
 
 
+def bernoulli_masks(
+    length: int, columns: int, batch_size: int, eps: float, generator: torch.Generator | None = None
+) -> tuple[Bool[Tensor, "b T"], Float[Tensor, " b"]]:
+    """Draws the masks of one batch of Dream's likelihood estimator, with ratios spread evenly over [0, 1).
+
+        t_j = (u_0 + j/b) mod 1,  p_j = (1 - eps) t_j + eps;  each answer token masked with probability p_j
+
+    The generator is asked for u_0, then for b x columns uniforms of which only the answer's are used, as
+    Dream draws them. Source: Dream's evaluation harness, `_forward_process`.
+
+    Args:
+        length: T, the number of answer tokens; they stand before the last of `columns`.
+        columns: tokens of prompt, answer and the end of text that follows.
+        batch_size: b, the number of strata.
+        eps: the least mask ratio.
+        generator: source of randomness.
+
+    Returns:
+        The masks (on the generator's device), and p_j, in float32.
+    """
+    device = generator.device if generator is not None else torch.device("cpu")
+    t = (uniform((1,), generator, device) + torch.arange(batch_size, device=device) / batch_size) % 1
+    p = (1 - eps) * t + eps
+    u = uniform((batch_size, columns), generator, device)
+    return (u < p[:, None])[:, -1 - length : -1], p
+
+
 def uniform(
     shape: tuple[int, ...],
     generator: torch.Generator | None,

@@ -147,6 +147,31 @@ def denoise(
     if observe not in OBSERVE:
         raise ValueError(f"Unknown observe={observe}: use {', '.join(OBSERVE)}.")
     check_sampler(model.config, config)
+    return _process(model, prompt_ids, config, attention_mask, generator, observe, keep_logits, leave)
+
+
+def one_at_a_time(
+    model: MaskPredictor, prompt_ids: Int[Tensor, "B P"], gen_length: int, cfg_scale: float
+) -> Iterator[Step]:
+    """LLaDA's process at one token a step, the most confident: the greedy answer of any mask predictor.
+
+    Dream's own schedule truncates to other counts (dream_sampler.py).
+    """
+    config = SamplerConfig(gen_length, steps=gen_length, block_length=gen_length, cfg_scale=cfg_scale)
+    return _process(model, prompt_ids, config, None, None, "committable", False, None)
+
+
+def _process(
+    model: MaskPredictor,
+    prompt_ids: Int[Tensor, "B P"],
+    config: SamplerConfig,
+    attention_mask: Shaped[Tensor, "B _"] | None,
+    generator: torch.Generator | None,
+    observe: str,
+    keep_logits: bool,
+    leave: Leave | None,
+) -> Iterator[Step]:
+    """The process that `config` names, with the arguments of `denoise`."""
     if attention_mask is not None:
         attention_mask = _canvas_mask(attention_mask, prompt_ids, config.gen_length, model.device)
     mask_id = model.config.mask_token_id

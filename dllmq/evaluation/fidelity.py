@@ -12,7 +12,8 @@ On the k positions C that full precision commits in that state, i.e. on the deci
                   (sampler.TopK; a position where q predicts the mask stays masked, so it is no slot)
 
 Both read the prediction as the sampler does (guidance and EOS flags included, without noise). slots_at_k is
-left out where the model's confidence does not decide: random remasking, temperature > 0.
+left out where the model's confidence does not decide: random and origin remasking, temperature or alg_temp
+above 0.
 
     hidden_error  ||h_q - h_fp||_F / ||h_fp||_F of a block's output over the valid positions of a state,
                   on a subset of the states; a state's value is the mean over blocks
@@ -49,6 +50,7 @@ from dllmq.calibration.states import (
     ratio_block,
 )
 from dllmq.diffusion import SamplerConfig
+from dllmq.diffusion.dream_sampler import confidence_of, cut_logits
 from dllmq.diffusion.predict import hidden_states, logits_at
 from dllmq.diffusion.sampler import TopK
 from dllmq.evaluation.statistics import mean_stderr
@@ -224,7 +226,14 @@ def _block_outputs(model: Any, where: Bool[Tensor, "B L"]) -> Iterator[list[Tens
 
 
 def _decide(logits: Float[Tensor, "n E"], config: Any, sampler: SamplerConfig) -> tuple[Tensor, Tensor]:
-    """The sampler's noiseless prediction and its float32 confidence (EOS flags: see diffusion/sampler.py)."""
+    """The sampler's noiseless prediction and its float32 confidence.
+
+    EOS flags: see diffusion/sampler.py; Dream's confidences: see diffusion/dream_sampler.py.
+    """
+    if sampler.dream:
+        q = cut_logits(logits.float(), sampler.temperature, sampler.top_p, sampler.top_k).softmax(-1)
+        x0 = q.argmax(-1)
+        return x0, confidence_of(sampler.remasking, q, x0)
     if sampler.logits_eos_inf:
         logits = _without(logits, [config.eos_token_id])
     x0 = logits.argmax(-1)
@@ -270,7 +279,7 @@ def _decisions(model: Any, found: _Reading, ref: FidelityReference, i: int) -> d
     k = committed.sum(1)
     same = (found.prediction == ref.prediction[i])[committed].float()
     columns = {"argmax_at_k": (_row_means(same, committed), k > 0)}
-    if ref.sampler.remasking == "low_confidence" and ref.sampler.temperature == 0:
+    if ref.sampler.deterministic:
         slots = committable(ref.states[i], ref.sampler) & (found.prediction != model.config.mask_token_id)
         chosen = TopK(ref.sampler.steps_per_block)(found.confidence, slots, k)
         columns["slots_at_k"] = (_row_means(chosen[committed].float(), committed), k > 0)

@@ -23,6 +23,8 @@ class EvalSettings:
         seed: of the sampler's noise and of the likelihood's masks.
         max_length: tokens a canvas may have; None: the model's max_sequence_length.
         chat_template: wrap prompts in the tokenizer's chat template.
+        add_bos: prompts that are generated from, and contexts of likelihoods, start with the tokenizer's BOS;
+            not with a chat template, which brings its own.
     """
 
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -35,6 +37,7 @@ class EvalSettings:
     seed: int = 0
     max_length: int | None = None
     chat_template: bool = False
+    add_bos: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "mc_num", "mc_batch_size", "rows_per_forward"):

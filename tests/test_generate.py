@@ -1,0 +1,198 @@
+"""python -m dllmq.generate: its text is the sampler's, its runs divergence.py's, wrong input one sentence."""
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_checkpoint import save_checkpoint
+
+from dllmq import generate as program
+from dllmq.calibration.states import record_trajectories
+from dllmq.config import EMBEDDED, compose_plan, preset_of
+from dllmq.diffusion import generate
+from dllmq.evaluation.divergence import measure_divergence
+from dllmq.mini.tasks import problems
+from dllmq.report.denoising import compare
+
+PROMPT = "Question: Olga has 3 books. How many books?\nAnswer:"
+SAMPLER = ["sampler.gen_length=16", "sampler.steps=8", "sampler.block_length=8"]
+CALIBRATION = ["calibration.num_prompts=2", "calibration.num_states=4", "eval.fidelity_prompts=1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("generate") / "model")
+
+
+@pytest.fixture(scope="module")
+def quantizing(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    cache = f"cache_dir={tmp_path_factory.mktemp('cache')}"
+    return [*SAMPLER, *CALIBRATION, cache, "method=rtn", "bits=w2a4"]
+
+
+def output(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert program.main(list(argv)) == 0
+    return capsys.readouterr().out
+
+
+def runner(folder: Path, *overrides: str) -> program.Runner:
+    args = program.arguments(["--model", str(folder), *overrides])
+    return program.load(compose_plan(program.all_overrides(args)[0]), PROMPT)
+
+
+def test_a_pipe_gets_the_samplers_text_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = runner(folder, *SAMPLER)
+    tokens = generate(made.model, made.prompt_ids[None], made.plan.recipe.sampler).tokens[0, -16:].tolist()
+    end = next((i for i, t in enumerate(tokens) if t in made.end_ids), 16)
+    expected = made.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+    assert output(capsys, PROMPT, "--model", str(folder), *SAMPLER) == expected + "\n"
+
+
+def test_frames_are_the_steps_of_the_one_loop(folder: Path) -> None:
+    made = runner(folder, *SAMPLER)
+    frames = list(made.frames())
+    recorded = record_trajectories(made.model, [made.prompt_ids], made.plan.recipe.sampler, 1)[0]
+    assert frames[0].masked == 16 and [f.step for f in frames[1:]] == recorded.step.tolist()
+    for frame, committed, score in zip(frames[1:], recorded.committed, recorded.score, strict=True):
+        assert frame.fresh == committed[-16:].tolist()
+        at = committed[-16:]
+        assert torch.tensor(frame.confidence)[at].tolist() == score[-16:][at].tolist()
+    assert frames[-1].ids == recorded.final[-16:].tolist()
+
+
+def test_noise_is_the_same_in_every_run_and_another_by_seed(folder: Path) -> None:
+    made = runner(folder, *SAMPLER, "sampler.temperature=1.5")
+    first, again = (list(made.frames())[-1].ids for _ in range(2))
+    other = runner(folder, *SAMPLER, "sampler.temperature=1.5", "seed=1")
+    assert first == again and first != list(other.frames())[-1].ids
+
+
+def test_trace_has_a_line_per_step(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = output(capsys, PROMPT, "--trace", "--model", str(folder), *SAMPLER).splitlines()
+    assert [line.split("masked")[0].split() for line in lines[:8]] == [
+        ["full", "precision", "step", f"{i}/8"] for i in range(1, 9)
+    ]
+    places = [int(p) for line in lines[:8] for p in re.findall(r"  (\d+):", line)]
+    assert sorted(places) == list(range(16))  # every position is committed once
+
+
+def test_side_by_side_compares_as_divergence_does(
+    folder: Path, quantizing: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = runner(folder, *quantizing)
+    sampler = made.plan.recipe.sampler
+    reference = record_trajectories(made.model, [made.prompt_ids], sampler, 1)
+    before = list(made.frames())
+    assert program.quantize_in_place(made, lambda *_: None) == "RTN w2a4"
+    after = list(made.frames())
+    found, expected = compare(before, after), measure_divergence(
+        made.model, reference, [made.prompt_ids], sampler, 1
+    ).values  # fmt: skip
+    assert found.step == expected["first_divergence_step"]["value"]
+    assert found.agreement == pytest.approx(expected["final_agreement"]["value"])
+    assert found.mask_ratio == pytest.approx(expected["first_divergence_mask_ratio"]["value"])
+    out = output(capsys, PROMPT, "--side-by-side", "--model", str(folder), *quantizing)
+    texts = (
+        f"--- full precision\n{made.text(before[-1])}\n--- RTN w2a4\n{made.text(after[-1])}\n--- agreement "
+    )
+    assert out.startswith(texts)
+
+
+def test_a_terminal_sees_both_canvases_and_the_verdict(folder: Path, quantizing: list[str]) -> None:
+    console = Console(record=True, force_terminal=True, width=120, file=io.StringIO())
+    args = program.arguments([PROMPT, "--side-by-side", "--delay", "0", "--model", str(folder), *quantizing])
+    program.generate(args, console)
+    text = console.export_text()
+    assert "Question: Olga has 3 books" in text and "full precision" in text and "RTN w2a4" in text
+    assert "░░ ░░" in text and re.search(r"agreement \d+ of 16 positions", text)
+    assert re.search(r"step +8/8 +masked +0/16", text)
+
+
+def test_text_after_an_end_of_text_survives_where_asked_for(folder: Path) -> None:
+    made = runner(folder, *SAMPLER)
+    frame = list(made.frames())[-1]
+    word = made.tokenizer.convert_tokens_to_ids("Question")
+    ids = [word, made.end_ids[0], *[word] * 14]
+    changed = program.replace(frame, ids=ids)
+    assert made.text(changed) == "Question"
+    survivor = runner(folder, *SAMPLER, "eval.eos_cut=none")
+    assert survivor.text(changed) == "Question" * 15
+
+
+def test_the_chat_template_wraps_the_prompt(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "chat")
+    (folder / "chat_template.jinja").write_text((EMBEDDED / "chat_template.jinja").read_text())
+    plain, chat = (
+        runner(folder, *SAMPLER, f"model.chat_template={on}").prompt_ids.tolist() for on in ("false", "true")
+    )
+    text = runner(folder, *SAMPLER).tokenizer.decode(chat)
+    assert len(chat) > len(plain) and "<|start_header_id|>user" in text and text.count("<|startoftext|>") == 1
+
+
+def test_the_prompt_comes_from_the_words_stdin_or_the_dev_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert program.read_prompt("x = 1") == "x = 1"
+    monkeypatch.setattr("sys.stdin", io.StringIO("from stdin\n"))
+    assert program.read_prompt("-") == "from stdin\n"
+    assert program.read_prompt(None) == f"Question: {problems('mini_gsm', 'dev', 1)[0]['question']}\nAnswer:"
+
+
+@pytest.mark.parametrize(
+    ("words", "prompt", "overrides", "quantized"),
+    [
+        ([], None, [], False),
+        (["Solve x=3"], "Solve x=3", [], False),
+        (["sampler.steps=24", "seed=1", "a b"], "a b", ["sampler.steps=24", "seed=1"], False),
+        (["bits=w4a4"], None, ["bits=w4a4"], True),
+        (["method=awq", "tmas=true", "-"], "-", ["method=awq", "tmas=true"], True),
+        (["--side-by-side"], None, [], True),
+        (["+calibration.data=x"], None, ["+calibration.data=x"], True),
+    ],
+)
+def test_which_words_are_overrides_and_which_ask_to_quantize(
+    words: list[str], prompt: str | None, overrides: list[str], quantized: bool
+) -> None:
+    args = program.arguments(words)
+    assert (args.prompt, args.overrides) == (prompt, overrides)
+    said, asked = program.all_overrides(args)
+    assert asked == quantized and ("method=fp" in said) == (not quantized) and "tracker=none" in said
+
+
+def test_a_published_id_brings_its_preset_along() -> None:
+    assert preset_of("Dream-org/Dream-v0-Instruct-7B") == "dream_v0_7b_instruct"
+    assert preset_of("somebody/else") is None
+    args = program.arguments(["--model", "GSAI-ML/LLaDA-8B-Instruct"])
+    assert "model=llada_8b_instruct" in program.all_overrides(args)[0]
+    odd = program.arguments(["--model", "/ckpt/it's=here"])
+    assert "model.path='/ckpt/it\\'s=here'" in program.all_overrides(odd)[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["sampler.steps=7"], "steps (the total) must be a multiple of the number of blocks"),
+        (["metod=gptq"], "Could not override 'metod'"),
+        (["method=awqq"], "Could not find 'method/awqq'"),
+        (["bits=w1a4"], "bits=w1a4 is not a width"),
+        (["--model", "/no/such/folder"], "model path /no/such/folder does not exist"),
+        ([" "], "the prompt is empty"),
+        (["a " * 300], "tokens and gen_length is 48, together more than the model's 256"),
+        (["sampler.remasking=entropy"], "remasking=entropy"),
+        (["sampler.steps="], "sampler.steps"),
+    ],
+)
+def test_wrong_input_is_one_sentence(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(argv) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and said in err and err.count("\n") == 1 and err.startswith("dllmq.generate: ")
+
+
+@pytest.mark.parametrize("argv", [["one", "two"], ["--nope"], ["--delay", "-1"], ["--delay", "x"]])
+def test_arguments_that_cannot_be_parsed_exit_with_2(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        program.main(argv)
+    assert stopped.value.code == 2 and "Traceback" not in capsys.readouterr().err
