@@ -1,0 +1,3 @@
+"""Our record of a quantized folder."""
+
+RECORD = "dllmq_quantization.json"
