@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dllmq.models.quantized_record import RECORD
+from dllmq.models.stored import RECORD
 
 MAX_SHARD_BYTES = 2**31
 INDEX = "model.safetensors.index.json"
@@ -124,7 +124,7 @@ class ShardWriter:
         if count == 1:
             (self._staging / "0.shard").rename(self._staging / "model.safetensors")
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for n, names in enumerate(self._shards):
             file = f"model-{n + 1:05}-of-{count:05}.safetensors"
             (self._staging / f"{n}.shard").rename(self._staging / file)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dllmq.checkpoint import ShardWriter
-from dllmq.models.quantized_record import RECORD
+from dllmq.models.stored import RECORD
 
 INDEX = "model.safetensors.index.json"
 

@@ -1,3 +1,0 @@
-"""Our record of a quantized folder."""
-
-RECORD = "dllmq_quantization.json"
