@@ -5,9 +5,12 @@
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
 
 The import registers them; no code of the checkpoint runs. They hold the native models' own modules under the
-published names, so that transformers' quantizers (compressed-tensors) find the linears. With asymmetric packed
-weights pass quantization_config=CompressedTensorsConfig(dequantize=True): compressed-tensors 0.20 does not
-expect packed zero points otherwise.
+published names, so transformers' quantizers (compressed-tensors) find the linears. With asymmetric packed
+weights pass quantization_config=CompressedTensorsConfig(dequantize=True), which leaves the inputs in full
+precision: compressed-tensors 0.20 does not expect packed zero points otherwise.
+
+Inputs on symmetric grids are quantized as here, bit for bit; on asymmetric ones compressed-tensors may round
+a token's zero point to the neighbour.
 
 What only our record knows (the attention product's grids, V's scales) is not applied here; `load_model` does.
 """
@@ -30,11 +33,17 @@ class LLaDAHFConfig(PretrainedConfig):
 
     model_type = "llada"
 
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**fields)
+
 
 class DreamHFConfig(PretrainedConfig):
     """Dream's config.json."""
 
     model_type = "Dream"
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**fields)
 
 
 class NativeModel(PreTrainedModel):
