@@ -24,6 +24,7 @@ from torch import Tensor
 from dllmq import __version__
 from dllmq.cache import Cache
 from dllmq.calibration.states import Trajectory
+from dllmq.checkpoint import save_quantized
 from dllmq.config import Plan, RunConfig, build, fingerprint
 from dllmq.evaluation import sandbox
 from dllmq.evaluation.divergence import measure_divergence
@@ -33,6 +34,7 @@ from dllmq.evaluation.tasks import EvalResult, evaluate, runs_code
 from dllmq.full_precision import HELD_OUT_SEED, Baseline, ForwardCounter, FullPrecision
 from dllmq.methods import FP
 from dllmq.models.loading import checkpoint_folder, load_model
+from dllmq.models.stored import RECORD
 from dllmq.models.tokenizer import load_tokenizer
 from dllmq.pipeline import QuantizationReport, quantize, set_backend, weight_bytes
 from dllmq.report.results import (
@@ -41,6 +43,7 @@ from dllmq.report.results import (
     STATUS,
     RunRecord,
     load_record,
+    redact,
     to_plain,
     write_json_atomic,
     write_text_atomic,
@@ -49,6 +52,7 @@ from dllmq.report.tracker import TrackedRun, changed_samples
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
+MODEL = "model"  # folder of the export, in the cell's
 
 
 class Stages:
@@ -137,6 +141,11 @@ class Cell:
         except ValueError as error:
             log.warning("%s: not readable (%s); the cell is run again", file, error)
             return None
+        if record.fingerprint == self.key and not self._is_exported(record):
+            log.info(
+                "%s: finished, but export=%s is not there; it is run again", self.name, self.config.export
+            )
+            return None
         if record.fingerprint == self.key:
             log.info("%s: finished already, with the same fingerprint", self.name)
             return record
@@ -144,9 +153,34 @@ class Cell:
                  _difference(record.config, self.config.plain()))  # fmt: skip
         return None
 
+    def _is_exported(self, record: RunRecord) -> bool:
+        """Whether the folder holds the export that is asked for, of this record."""
+        if self.config.export is None or isinstance(self.plan.recipe.method, FP):
+            return True
+        made = record.notes.get("export") or {}
+        return made.get("format") == self.config.export and (self.folder / MODEL / RECORD).is_file()
+
+    def _export(self, model: Any) -> tuple[dict[str, int], dict[str, Any]]:
+        """Writes the quantized model beside the results; what it costs, and a note."""
+        config = self.config
+        if config.export is None:
+            return {}, {}
+        made = {
+            "config": redact(config.plain()),
+            "command": self.command,
+            "versions": _versions(),
+            "git": _git(),
+        }
+        source = checkpoint_folder(config.model_path)
+        with self.stages("export"):
+            size = save_quantized(model, self.folder / MODEL, config.export, source, made)
+        return {"exported_bytes": size}, {"export": {"format": config.export, "folder": MODEL}}
+
     def _compute(self) -> RunRecord:
         config, stages, forwards = self.config, self.stages, ForwardCounter()
         inert = self.plan.recipe.inert()
+        if config.export is not None and isinstance(self.plan.recipe.method, FP):
+            inert.append("export: full precision is the checkpoint itself")
         for line in inert:
             log.warning("no effect: %s", line)
         with stages("load"):
@@ -172,10 +206,12 @@ class Cell:
         stages.cost |= report.seconds
         stages.cost["calibrate_s"] = recorded + report.seconds["calibrate_s"]  # type: ignore[operator]
         stages.cost["fp_forwards"] = forwards.count
+        size, exported = self._export(model)
         self.backend = set_backend(model, config.backend)
         record, result = self._measure(model, tokenizer, reference, report, inert)
         _write_samples(result.samples, self.folder)
-        return replace(record, notes=record.notes | {"shared": {"read": shared.hits, "made": shared.made}})
+        notes = record.notes | {"shared": {"read": shared.hits, "made": shared.made}} | exported
+        return replace(record, notes=notes, cost=record.cost | size)
 
     def _load(self) -> tuple[Any, Any]:
         folder = checkpoint_folder(self.config.model_path)
@@ -310,7 +346,8 @@ def _reference_config(config: RunConfig) -> RunConfig:
         cgq_unmasked=plain.cgq_unmasked, cgq_masked=plain.cgq_masked,
         cgq_unmasked_confidence=plain.cgq_unmasked_confidence,
         iaaq_alpha_min=plain.iaaq_alpha_min, iaaq_alpha_step=plain.iaaq_alpha_step,
-        backend=plain.backend, seed=0, calibration=plain.calibration, eval=replace(config.eval, **fidelity),
+        backend=plain.backend, export=plain.export, seed=0,
+        calibration=plain.calibration, eval=replace(config.eval, **fidelity),
     )  # fmt: skip
 
 

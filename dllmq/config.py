@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dllmq.calibration.prompts import read_prompts
 from dllmq.calibration.states import CleanText, RandomMask, StateSampler, UniformTrajectory
 from dllmq.calibration.values import MinMax, ValueScale
+from dllmq.checkpoint.formats import EXPORTS, layout_of
 from dllmq.diffusion import SamplerConfig, check_sampler
 from dllmq.kernels import cpu_int8
 from dllmq.methods import FP
@@ -143,6 +144,7 @@ class RunConfig:
     act_symmetric: bool = False
     attn_bits: str = "auto"
     backend: str = "auto"
+    export: str | None = None
     device: str = "auto"
     threads: int | None = None
     seed: int = 0
@@ -403,11 +405,14 @@ def check_cell(cfg: DictConfig) -> Plan:
         skeleton,
         weight_files,
     )
+    from dllmq.models.stored import read_stored
     from dllmq.pipeline import check_group_sizes
 
     config = load(cfg)
     _check_ranges(config)
     recipe = config.recipe()
+    if config.export is not None:
+        choose("export", config.export, {"null": None} | EXPORTS)
     build("tracker", config.tracker)
     EvalSettings(
         recipe.sampler,
@@ -425,11 +430,16 @@ def check_cell(cfg: DictConfig) -> Plan:
     if config.dry_run and config.model.path is not None and is_hub_id(config.model.path):
         return Plan(config, recipe, device, 0)  # a dry run downloads nothing
     folder = checkpoint_folder(config.model_path)
+    if (folder / "config.json").is_file() and read_stored(folder) is not None:
+        raise ValueError(
+            f"model path {folder} is quantized already; give the full-precision checkpoint it was made from."
+        )
     model = skeleton(*read_config(folder))
     check_tensors(weight_files(folder), {name: p.shape for name, p in model.state_dict().items()})
     check_sampler(model.config, recipe.sampler)
     check_group_sizes(model, recipe)
     _check_backend(config, recipe, device, model)
+    _check_export(config, recipe, model)
     return Plan(config, recipe, device, sum(p.numel() for p in model.parameters()))
 
 
@@ -499,6 +509,22 @@ def _check_backend(config: RunConfig, recipe: Recipe, device: str, model: Any) -
         )
 
 
+def _check_export(config: RunConfig, recipe: Recipe, model: Any) -> None:
+    """Whether the export's format can hold the model's grids and sizes."""
+    if config.export is None or isinstance(recipe.method, FP):
+        return
+    assert recipe.weights is not None
+    names = [name for row in model.topology.groups for name in row.linears]
+    shapes = {name: getattr(model.blocks[0], name).weight.shape for name in names}
+    sizes = {name: (shape[0], shape[1]) for name, shape in shapes.items()}
+    reorders = getattr(recipe.method, "act_order", False) and not getattr(
+        recipe.method, "static_groups", False
+    )
+    uses_gptq = getattr(recipe.method, "solver", "gptq") == "gptq"
+    ordered = reorders and uses_gptq and recipe.weights.group_size > 0
+    layout_of(config.export, recipe.weights, recipe.inputs, sizes, ordered)
+
+
 def device_of(config: RunConfig) -> str:
     """The device, `auto` resolved.
 
@@ -526,7 +552,7 @@ def device_of(config: RunConfig) -> str:
 # ------------------------------------------------------------------ identity
 
 # Keys that change no number, or that are part of the fingerprint resolved (device, threads).
-_NEUTRAL = ("tracker", "resume", "name", "dry_run", "device", "threads", "cache_dir")
+_NEUTRAL = ("tracker", "resume", "name", "dry_run", "device", "threads", "cache_dir", "export")
 
 
 # What is read of a checkpoint folder (not its README): config, weights, tokenizer.

@@ -92,8 +92,10 @@ def quantize(
     """
     if isinstance(recipe.method, FP) or recipe.weights is None:
         return QuantizationReport(0.0, weight_bytes(model), {})
-    if quantized_linears(model):
-        raise ValueError("the model is quantized already, and would be a second time: load it again.")
+    if quantized_linears(model) or hasattr(model, "stored"):
+        raise ValueError(
+            "the model is quantized already, and would be a second time: load the full-precision checkpoint."
+        )
     started = time.perf_counter()
     if states is None:
         states = calibration_states(model, prompts, recipe, trajectories, progress)

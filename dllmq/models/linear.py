@@ -1,4 +1,4 @@
-"""QuantLinear, the only module that is ever swapped into a model.
+"""QuantLinear, the only module that quantization swaps into a model.
 
 One definition of its arithmetic: y = Q_a(x) Deq(Q_w)^T + b, where Q_w are the weight's codes under its grid
 and Q_a quantizes the input under the activation grid, dynamically, per token or per group of channels. Two
@@ -69,6 +69,20 @@ class InputQuantizer:
         if self._left <= 0:
             self._source = self._value = None
         return value
+
+
+class InputQuantLinear(Linear):
+    """A linear with plain weights (dequantized ones, read from a file) and a quantized input."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, inputs: InputQuantizer) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
+        self.inputs = inputs
+
+    def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
+        return super().forward(self.inputs.fake(x))
 
 
 class QuantLinear(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 
 import dllmq.models as models_package
+from dllmq.models.stored import read_stored
+from dllmq.numerics.layouts import Spec
 
+FULL_PRECISION = ("F32", "F16", "BF16", "F64")
 _CONTENTS = "a checkpoint folder holds config.json, *.safetensors and the tokenizer's files"
 _SAME = "take config.json and the weights from the same checkpoint"
 _AGAIN = "copy or download it again"
@@ -26,6 +30,8 @@ def architectures() -> dict[str, tuple[Any, type]]:
     """Name in config.json's `architectures` -> (config class, model class), from all of dllmq.models."""
     table: dict[str, tuple[Any, type]] = {}
     for module in pkgutil.iter_modules(models_package.__path__):
+        if module.name == "hf":  # for other programs; it imports transformers' models, which takes seconds
+            continue
         table |= getattr(importlib.import_module(f"dllmq.models.{module.name}"), "ARCHITECTURES", {})
     return table
 
@@ -127,6 +133,39 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+
+
+def tensor_headers(files: list[Path]) -> dict[str, Header]:
+    """Every tensor of a checkpoint; no weight is read.
+
+    Raises:
+        ValueError: an unreadable file, or a tensor that is in two.
+    """
+    found: dict[str, Header] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    view = tensors.get_slice(name)
+                    if name in found:
+                        raise ValueError(
+                            f"{name} is in both {found[name].file.name} and {file.name}: keep one of the two."
+                        )
+                    found[name] = Header(tuple(view.get_shape()), view.get_dtype(), file)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} cannot be read as safetensors, it is damaged or cut short ({error}): {_AGAIN}."
+            ) from error
+    return found
+
+
 def check_tensors(files: list[Path], expected: dict[str, torch.Size]) -> dict[str, Path]:
     """Where each tensor is, after comparing names, shapes and types with what the config implies.
 
@@ -134,53 +173,51 @@ def check_tensors(files: list[Path], expected: dict[str, torch.Size]) -> dict[st
         ValueError: an unreadable file, a tensor that is missing, extra, mis-shaped, doubled or not floating
             point.
     """
-    where: dict[str, Path] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    view = tensors.get_slice(name)
-                    _check_tensor(name, view.get_shape(), view.get_dtype(), expected, file)
-                    if name in where:
-                        raise ValueError(
-                            f"{name} is in both {where[name].name} and {file.name}: keep one of the two."
-                        )
-                    where[name] = file
-        except SafetensorError as error:
+    headers = tensor_headers(files)
+    check_headers(headers, {name: Spec(tuple(shape), FULL_PRECISION) for name, shape in expected.items()})
+    return {name: header.file for name, header in headers.items()}
+
+
+def check_headers(headers: dict[str, Header], expected: dict[str, Spec]) -> None:
+    """Compares headers with what the config implies.
+
+    Raises:
+        ValueError: a tensor that is missing, extra, or of another shape or type.
+    """
+    for name, header in headers.items():
+        if name not in expected:
             raise ValueError(
-                f"{file} cannot be read as safetensors, it is damaged or cut short ({error}): {_AGAIN}."
-            ) from error
-    missing = sorted(expected.keys() - where.keys())
+                f"{header.file.name} has the tensor {name}, which its config.json does not imply: {_SAME}."
+            )
+        _check_header(name, header, expected[name])
+    missing = sorted(expected.keys() - headers.keys())
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ValueError(f"the checkpoint lacks {shown}, which its config.json implies: {_SAME}.")
-    return where
 
 
-def _check_tensor(
-    name: str, shape: list[int], dtype: str, expected: dict[str, torch.Size], file: Path
-) -> None:
-    if name not in expected:
-        raise ValueError(f"{file.name} has the tensor {name}, which its config.json does not imply: {_SAME}.")
-    if tuple(shape) != tuple(expected[name]):
+def _check_header(name: str, header: Header, spec: Spec) -> None:
+    if header.shape != spec.shape:
         raise ValueError(
-            f"{name} in {file.name} has shape {tuple(shape)}; config.json implies "
-            f"{tuple(expected[name])}: {_SAME}."
+            f"{name} in {header.file.name} has shape {header.shape}; config.json implies "
+            f"{spec.shape}: {_SAME}."
         )
-    if dtype not in ("F32", "F16", "BF16", "F64"):
-        raise ValueError(
-            f"{name} in {file.name} has type {dtype}; full-precision weights are F32, F16 or BF16: "
-            "quantize from the full-precision checkpoint."
-        )
+    if header.dtype not in spec.types:
+        wanted = f"config.json implies {' or '.join(spec.types)}: {_SAME}."
+        if spec.types == FULL_PRECISION:
+            wanted = (
+                "full-precision weights are F32, F16 or BF16: quantize from the full-precision checkpoint."
+            )
+        raise ValueError(f"{name} in {header.file.name} has type {header.dtype}; {wanted}")
 
 
 def load_model(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Any:
-    """Loads a full-precision model for inference.
+    """Loads a model for inference: in full precision, or as it was quantized (`quantized_loading`).
 
     Args:
-        path: folder in the published format, or a hub id.
+        path: folder in the published format or a quantized one, or a hub id.
         device: where the weights go.
         dtype: of weights and computation; stored weights are cast.
 
@@ -192,6 +229,11 @@ def load_model(
     """
     folder = checkpoint_folder(path)
     config, model_class = read_config(folder)
+    stored = read_stored(folder)
+    if stored is not None:
+        from dllmq.models.quantized_loading import load_stored
+
+        return load_stored(folder, stored, device, dtype)
     files = weight_files(folder)
     model = skeleton(config, model_class)
     where = check_tensors(files, {name: p.shape for name, p in model.state_dict().items()})

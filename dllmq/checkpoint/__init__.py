@@ -1,0 +1,8 @@
+"""Quantized models on disk: saving in formats that other programs read, and loading them back."""
+
+from dllmq.checkpoint.formats import EXPORTS, layout_of
+from dllmq.checkpoint.load import load_quantized
+from dllmq.checkpoint.save import save_quantized
+from dllmq.checkpoint.writer import ShardWriter
+
+__all__ = ["EXPORTS", "ShardWriter", "layout_of", "load_quantized", "save_quantized"]
