@@ -174,6 +174,12 @@ class QuantLinear(nn.Module):
     def _weight_operand(self) -> cpu_int8.Operand:
         return cpu_int8.weight_operand(self.quantized) if self._operand is None else self._operand
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """The state dict has the weight whether or not it is held."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_compact:
+            destination[prefix + "weight"] = self.weight
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Codes go to the device the parameters go to (torch moves only those); their types never change."""
         super()._apply(fn, recurse)
