@@ -13,7 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dllmq import __version__
 from dllmq.cache import Cache
+from dllmq.calibration.hidden import Spill
 from dllmq.calibration.states import Trajectory
 from dllmq.checkpoint import save_quantized
 from dllmq.config import Plan, RunConfig, build, fingerprint
@@ -34,7 +35,9 @@ from dllmq.evaluation.tasks import EvalResult, evaluate, runs_code
 from dllmq.full_precision import HELD_OUT_SEED, Baseline, ForwardCounter, FullPrecision
 from dllmq.methods import FP
 from dllmq.models.loading import checkpoint_folder, load_model
+from dllmq.models.memory import plan_memory
 from dllmq.models.stored import RECORD
+from dllmq.models.streaming import log_reading
 from dllmq.models.tokenizer import load_tokenizer
 from dllmq.pipeline import QuantizationReport, quantize, set_backend, weight_bytes
 from dllmq.report.results import (
@@ -202,7 +205,10 @@ class Cell:
                     reference = Reference(*held_out, shared.reference(*held_out))
         recorded = stages.cost["calibrate_s"]
         with stages("quantize"):
-            report = quantize(model, prompts, self.plan.recipe, None, self.progress, states)
+            spill = Spill(config.max_state_bytes, self.folder)
+            report = quantize(
+                model, prompts, self.plan.recipe, None, self.progress, states, self.memory.compact, spill
+            )
         stages.cost |= report.seconds
         stages.cost["calibrate_s"] = recorded + report.seconds["calibrate_s"]  # type: ignore[operator]
         stages.cost["fp_forwards"] = forwards.count
@@ -210,12 +216,15 @@ class Cell:
         self.backend = set_backend(model, config.backend)
         record, result = self._measure(model, tokenizer, reference, report, inert)
         _write_samples(result.samples, self.folder)
-        notes = record.notes | {"shared": {"read": shared.hits, "made": shared.made}} | exported
-        return replace(record, notes=notes, cost=record.cost | size)
+        notes = {"shared": {"read": shared.hits, "made": shared.made}, "memory": asdict(self.memory)}
+        return replace(record, notes=record.notes | notes | exported, cost=record.cost | size)
 
     def _load(self) -> tuple[Any, Any]:
         folder = checkpoint_folder(self.config.model_path)
-        model = load_model(folder, self.plan.device, getattr(torch, self.config.dtype()))
+        dtype, device = getattr(torch, self.config.dtype()), self.plan.device
+        self.memory = plan_memory(self.config.memory, self.plan.parameters, dtype, device)
+        log.info("memory: %s", self.memory)
+        model = load_model(folder, device, dtype, self.memory.stream)
         return model, load_tokenizer(folder)
 
     def _baseline(self, shared: FullPrecision) -> RunRecord:
@@ -238,6 +247,7 @@ class Cell:
         stages, self.stages = self.stages, Stages(self.plan.device)
         model = shared.model
         report = QuantizationReport(0.0, weight_bytes(model), {})
+        log_reading(model, "full precision's tasks", None)
         record, result = self._measure(model, shared.tokenizer, None, report, [])
         reference = _reference_config(self.config)
         record = replace(record, run_name="full precision", fingerprint=self.fp_key,

@@ -34,6 +34,7 @@ from dllmq.diffusion import SamplerConfig, check_sampler
 from dllmq.kernels import cpu_int8
 from dllmq.methods import FP
 from dllmq.models.linear import BACKENDS
+from dllmq.models.memory import MEMORY
 from dllmq.numerics import Grid
 from dllmq.recipe import FULL_PRECISION_BITS, AttentionGrids, Bits, Recipe, TokenWeight, uniform_weight
 from dllmq.techniques.cgq import CGQ
@@ -146,6 +147,8 @@ class RunConfig:
     backend: str = "auto"
     export: str | None = None
     device: str = "auto"
+    memory: str = "auto"
+    max_state_bytes: int | None = 2**34
     threads: int | None = None
     seed: int = 0
     resume: bool = True
@@ -425,6 +428,7 @@ def check_cell(cfg: DictConfig) -> Plan:
     check_code_execution(config.tasks.names, config.eval.allow_code_execution)
     choose("model.dtype", config.model.dtype, dict.fromkeys(DTYPES))
     choose("backend", config.backend, dict.fromkeys(BACKENDS))
+    choose("memory", config.memory, dict.fromkeys(MEMORY))
     _check_calibration(config, recipe)
     device = device_of(config)
     if config.dry_run and config.model.path is not None and is_hub_id(config.model.path):
@@ -452,11 +456,12 @@ def _check_ranges(config: RunConfig) -> None:
         (config.eval, "fidelity_states", 0),
         (config.eval, "fidelity_prompts", 1),
         (config.eval, "limit", 1),
+        (config, "max_state_bytes", 0),
     ):
         value = getattr(node, name)
         if value is not None and value < least:
-            group = "eval" if node is config.eval else "calibration"
-            raise ValueError(f"{group}.{name}={value} is too small; it must be at least {least}.")
+            group = {id(config.eval): "eval.", id(config.calibration): "calibration."}.get(id(node), "")
+            raise ValueError(f"{group}{name}={value} is too small; it must be at least {least}.")
     if config.threads is not None and config.threads < 1:
         raise ValueError(f"threads={config.threads} is too small; it must be at least 1, or null.")
     if not 0 <= config.seed < 2**62:
@@ -552,7 +557,10 @@ def device_of(config: RunConfig) -> str:
 # ------------------------------------------------------------------ identity
 
 # Keys that change no number, or that are part of the fingerprint resolved (device, threads).
-_NEUTRAL = ("tracker", "resume", "name", "dry_run", "device", "threads", "cache_dir", "export")
+_NEUTRAL = (
+    "tracker", "resume", "name", "dry_run", "device", "threads", "cache_dir", "memory", "max_state_bytes",
+    "export",
+)  # fmt: skip
 
 
 # What is read of a checkpoint folder (not its README): config, weights, tokenizer.

@@ -30,6 +30,7 @@ from dllmq.config import Plan, identity
 from dllmq.evaluation import fidelity
 from dllmq.mini.splits import Split
 from dllmq.mini.tasks import problems
+from dllmq.models.streaming import log_reading
 from dllmq.pipeline import calibration_states
 from dllmq.report.results import RunRecord
 
@@ -132,6 +133,7 @@ class FullPrecision:
         sampler = self.plan.recipe.sampler
 
         def make() -> fidelity.FidelityReference:
+            log_reading(self.model, "reference", -(-count // batch))
             return fidelity.reference(
                 self.model, trajectories, sampler, count, batch, HELD_OUT_SEED, positions
             )
@@ -160,6 +162,8 @@ class FullPrecision:
         recipe = self.plan.recipe
 
         def make() -> list[Trajectory]:
+            forwards = -(-len(prompts) // recipe.batch_size) * recipe.sampler.steps
+            log_reading(self.model, kind, forwards)
             return record_trajectories(
                 self.model, prompts, recipe.sampler, recipe.batch_size, seed, observe, self.progress
             )

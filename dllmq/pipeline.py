@@ -7,20 +7,27 @@
             update = method(group, statistics, grid);  swap in QuantLinear
         x = block(x)                                   (so every block sees the quantized prefix)
 
+In memory meanwhile: the block at hand (of a streamed model; else all of them), the statistics of one group,
+and the hidden states x on the CPU or on disk (calibration/hidden.py). A finished block stays as it is, or as
+packed codes (`compact`), or is taken by `on_block`, which may write it out and free it: `block.to("meta")`.
+
 It names no method and no technique: those are values in the recipe's slots.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dllmq.calibration.hidden import HiddenStates, Spill
 from dllmq.calibration.observe import AttentionInputs, attention_inputs, group_input
 from dllmq.calibration.states import CalibrationState, Trajectory, describe, draw_states, record_trajectories
 from dllmq.calibration.stats import GroupStats, StatsCollector
@@ -35,10 +42,13 @@ from dllmq.models.attention import (
 )
 from dllmq.models.base import Block, BlockContext, GroupRow, absorb_scale, linear_group
 from dllmq.models.linear import InputQuantizer, QuantLinear
+from dllmq.models.streaming import compact_block, is_streamed, log_reading
 from dllmq.recipe import AttentionGrids, Recipe
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
+OnBlock = Callable[[int, Block], None]
+_IN_MEMORY = Spill()
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,28 @@ class _Batch:
     weight: Tensor  # c_j, 0 at pads
 
 
+class _Batches:
+    """The calibration set between two blocks; iterating brings one batch at a time to the model's device."""
+
+    def __init__(self, model: Any, states: list[CalibrationState], recipe: Recipe, spill: Spill) -> None:
+        self.model, self.states, self.recipe = model, states, recipe
+        shapes = [(*state.tokens.shape, _width(model)) for state in states]
+        self.hidden = HiddenStates(shapes, model.dtype, model.device, spill)
+        for i, state in enumerate(states):
+            self.hidden[i] = model.embed(state.tokens.to(model.device))
+
+    def __iter__(self) -> Iterator[_Batch]:
+        for i, state in enumerate(self.states):
+            valid = state.valid.to(self.model.device)
+            weight = self.recipe.token_weight(state).to(valid.device).float().masked_fill(~valid, 0.0)
+            yield _Batch(self.hidden[i], self.model.context(valid.shape[1], valid), valid, weight)
+
+    def advance(self, block: Block) -> None:
+        """x -> block(x)."""
+        for i, b in enumerate(self):
+            self.hidden[i] = block(b.x, b.ctx)
+
+
 def quantize(
     model: Any,
     prompts: list[Tensor],
@@ -76,6 +108,9 @@ def quantize(
     trajectories: list[Trajectory] | None = None,
     progress: Progress | None = None,
     states: list[CalibrationState] | None = None,
+    compact: bool = False,
+    spill: Spill = _IN_MEMORY,
+    on_block: OnBlock | None = None,
 ) -> QuantizationReport:
     """Quantizes `model` in place.
 
@@ -86,6 +121,9 @@ def quantize(
         trajectories: recorded full-precision trajectories of the prompts, where there are some already.
         progress: told (done, total, stage).
         states: the calibration set, where it has been drawn already (`calibration_states`).
+        compact: finished blocks keep their weights as packed codes alone; always so with a streamed model.
+        spill: when the calibration set's hidden states go to disk.
+        on_block: given each block (index, block) when it is finished; may free it with `block.to("meta")`.
 
     Raises:
         ValueError: what a user can mend (sizes that do not divide, a singular Hessian with the layer's name).
@@ -105,7 +143,7 @@ def quantize(
         *(recipe.states.name, drawn["sequences"], drawn["tokens"], drawn["by_block"]),
     )
     calibrated = time.perf_counter()
-    notes = quantize_blocks(model, states, recipe, progress)
+    notes = quantize_blocks(model, states, recipe, progress, compact, spill, on_block)
     done = time.perf_counter()
     return QuantizationReport(
         quantized_share=quantized_share(model),
@@ -125,6 +163,8 @@ def calibration_states(
 ) -> list[CalibrationState]:
     """The calibration set of a recipe; runs full precision on the prompts where no trajectories are given."""
     if trajectories is None:
+        forwards = -(-len(prompts) // recipe.batch_size) * recipe.sampler.steps
+        log_reading(model, "trajectories", forwards)
         trajectories = record_trajectories(
             model, prompts, recipe.sampler, recipe.batch_size, recipe.seed, recipe.observe, progress
         )
@@ -177,37 +217,57 @@ def set_backend(model: Any, backend: str) -> str:
 
 @torch.no_grad()
 def quantize_blocks(
-    model: Any, states: list[CalibrationState], recipe: Recipe, progress: Progress | None = None
+    model: Any,
+    states: list[CalibrationState],
+    recipe: Recipe,
+    progress: Progress | None = None,
+    compact: bool = False,
+    spill: Spill = _IN_MEMORY,
+    on_block: OnBlock | None = None,
 ) -> dict[str, dict[str, float]]:
-    """The loop on top of this file; returns the method's notes by group."""
+    """The loop on top of this file; arguments as `quantize`. Returns the method's notes by group."""
     assert recipe.weights is not None, "full precision has no loop"
-    batches = [_enter(model, state, recipe) for state in states]
+    compact = compact or is_streamed(model)
+    batches = _Batches(model, states if recipe.reads_states else [], recipe, spill)
     notes: dict[str, dict[str, float]] = {}
-    for index, block in enumerate(model.blocks):
-        for row in model.topology.groups:
-            if row.name == model.topology.product_before and (
-                found := _settle_product(block, batches, recipe)
-            ):
-                notes[f"blocks.{index}.product"] = found
-            group = linear_group(model, index, row)
-            stats = _statistics(block, row, batches, recipe.method.needs)
-            update = recipe.method(group, stats, recipe.weights)
-            _apply(block, row, update, recipe, model.dtype)
-            notes[group.name] = update.notes
-        batches = [_Batch(block(b.x, b.ctx), b.ctx, b.valid, b.weight) for b in batches]
-        if progress is not None:
-            progress(index + 1, len(model.blocks), "blocks")
+    last = len(model.blocks) - 1
+    with closing(batches.hidden):
+        for index, block in enumerate(model.blocks):
+            notes |= _quantize_block(model, index, block, batches, recipe)
+            if index < last:
+                batches.advance(block)
+            if on_block is not None:
+                on_block(index, block)
+            if compact:
+                compact_block(model, index)
+            if progress is not None:
+                progress(index + 1, len(model.blocks), "blocks")
     return notes
 
 
-def _enter(model: Any, state: CalibrationState, recipe: Recipe) -> _Batch:
-    device = model.device
-    valid = state.valid.to(device)
-    weight = recipe.token_weight(state).to(device).float().masked_fill(~valid, 0.0)
-    return _Batch(model.embed(state.tokens.to(device)), model.context(valid.shape[1], valid), valid, weight)
+def _quantize_block(
+    model: Any, index: int, block: Block, batches: _Batches, recipe: Recipe
+) -> dict[str, dict[str, float]]:
+    """Quantizes a block, group by group; notes by group."""
+    assert recipe.weights is not None
+    notes = {}
+    for row in model.topology.groups:
+        if row.name == model.topology.product_before and (found := _settle_product(block, batches, recipe)):
+            notes[f"blocks.{index}.product"] = found
+        group = linear_group(model, index, row)
+        stats = _statistics(block, row, batches, recipe.method.needs)
+        update = recipe.method(group, stats, recipe.weights)
+        _apply(block, row, update, recipe, model.dtype)
+        notes[group.name] = update.notes
+    return notes
 
 
-def _statistics(block: Block, row: GroupRow, batches: list[_Batch], needs: frozenset[str]) -> GroupStats:
+def _width(model: Any) -> int:
+    """d, the width of the residual stream."""
+    return int(model.get_submodule(model.topology.embedding).weight.shape[1])
+
+
+def _statistics(block: Block, row: GroupRow, batches: _Batches, needs: frozenset[str]) -> GroupStats:
     """Statistics of a group's input over all states; nothing is run when the method asks for nothing."""
     if not needs:
         return GroupStats()
@@ -217,7 +277,7 @@ def _statistics(block: Block, row: GroupRow, batches: list[_Batch], needs: froze
     return collector.result()
 
 
-def _settle_product(block: Block, batches: list[_Batch], recipe: Recipe) -> dict[str, float]:
+def _settle_product(block: Block, batches: _Batches, recipe: Recipe) -> dict[str, float]:
     """Quantizes the attention product: V's static parameters from two passes over the states."""
     grids = recipe.attention
     if grids == AttentionGrids():
@@ -227,7 +287,8 @@ def _settle_product(block: Block, batches: list[_Batch], recipe: Recipe) -> dict
         scale = recipe.value_scale(grids.V)
         for b in batches:
             scale.range(attention_inputs(block, b.x, b.ctx).V.transpose(1, 2)[b.valid])
-        for b in batches if scale.needs else ():
+        second: Iterable[_Batch] = batches if scale.needs else ()
+        for b in second:
             inputs = attention_inputs(block, b.x, b.ctx)
             V = inputs.V.masked_fill(~b.valid[:, None, :, None], 0.0)
             for P in _read_maps(inputs, grids, b.valid) if "maps" in scale.needs else (None,):
@@ -269,16 +330,19 @@ def quantized_linears(model: Any) -> dict[str, QuantLinear]:
 
 def quantized_share(model: Any) -> float:
     """Parameters inside quantized linears / all parameters."""
-    inside = sum(m.weight.numel() for m in quantized_linears(model).values())
-    return inside / sum(p.numel() for p in model.parameters())
+    inside = sum(math.prod(m.shape) for m in quantized_linears(model).values())
+    return inside / (inside + _other_parameters(model))
 
 
 def weight_bytes(model: Any) -> int:
     """Bytes of all weights: packed codes, scales and zeros where quantized, 2 bytes (bf16) elsewhere."""
-    linears = quantized_linears(model)
-    inside = {id(m.weight) for m in linears.values()}
-    rest = sum(2 * p.numel() for p in model.parameters() if id(p) not in inside)
-    return rest + sum(m.quantized.nbytes for m in linears.values())
+    return 2 * _other_parameters(model) + sum(m.nbytes for m in quantized_linears(model).values())
+
+
+def _other_parameters(model: Any) -> int:
+    """Number of parameters that are not quantized weights."""
+    inside = {id(m.weight) for m in quantized_linears(model).values() if not m.is_compact}
+    return sum(p.numel() for p in model.parameters() if id(p) not in inside)
 
 
 def check_group_sizes(model: Any, recipe: Recipe) -> None:

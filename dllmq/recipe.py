@@ -132,13 +132,17 @@ class Recipe:
         observe: str = getattr(self.token_weight, "observe", "masked")
         return observe
 
+    @property
+    def reads_states(self) -> bool:
+        """Whether a calibration state changes the result: RTN reads none, unless V has a static scale."""
+        return bool(self.method.needs) or self.attention.V is not None
+
     def inert(self) -> list[str]:
         """Switches without effect in this combination, each with its reason: "tmas: ..."."""
         out = []
         method = type(self.method).__name__
         full_precision = isinstance(self.method, FP) or self.weights is None
-        reads_states = bool(self.method.needs) or self.attention.V is not None
-        if self.states.name != "clean" and (full_precision or not reads_states):
+        if self.states.name != "clean" and (full_precision or not self.reads_states):
             out.append(f"{self.states.name}: {method} reads no calibration states")
         if reason := self._weight_is_inert(method, full_precision):
             out.append(f"cgq: {reason}")

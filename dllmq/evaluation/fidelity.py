@@ -217,7 +217,8 @@ def _block_outputs(model: Any, where: Bool[Tensor, "B L"]) -> Iterator[list[Tens
     def keep(module: Any, inputs: Any, output: Tensor) -> None:
         outputs.append(output[: len(where)][where].cpu())  # with guidance the conditional copies come first
 
-    handles = [block.register_forward_hook(keep) for block in model.blocks]
+    blocks = model.blocks.children()  # not `in model.blocks`: that would read the weights of streamed ones
+    handles = [block.register_forward_hook(keep) for block in blocks]
     try:
         yield outputs
     finally:

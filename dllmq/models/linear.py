@@ -8,6 +8,10 @@ backends compute it:
     packed   the integer product of the codes (kernels/), scaled once: equal up to the rounding of the output
 
 Linears that read the same input share its quantization (`InputQuantizer`).
+
+What a QuantLinear keeps in memory is settled by `compact`: beside its codes the dequantized weight (or the
+operand of the packed backend), ready for the next product; or the codes alone, packed at their width, and the
+rest is made again in each product. The numbers are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from torch import Tensor, nn
 from dllmq.kernels import cpu_int8
 from dllmq.kernels.cpu_linear import linear
 from dllmq.numerics import Grid, QuantizedTensor, fake_quant
+from dllmq.numerics.packed import PackedTensor
 
 BACKENDS = ("auto", "fake", "packed")
 
@@ -104,49 +109,102 @@ class QuantLinear(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.quantized = quantized
+        self._stored: QuantizedTensor | PackedTensor = quantized
+        self._dtype = dtype
         self.inputs = inputs if isinstance(inputs, InputQuantizer) else InputQuantizer(inputs)
         self.weight = nn.Parameter(quantized.dequantize().to(dtype), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-        self.packed: cpu_int8.Operand | None = None
+        self.backend = "fake"
+        self._operand: cpu_int8.Operand | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """`weight` of a compact linear is dequantized each time it is asked for."""
+        if name == "weight" and self.is_compact:
+            return self.quantized.dequantize().to(self._dtype)
+        return super().__getattr__(name)
 
     @property
-    def backend(self) -> str:
-        return "fake" if self.packed is None else "packed"
+    def quantized(self) -> QuantizedTensor:
+        """Codes, scales and zeros; of a compact linear unpacked each time they are asked for."""
+        return self._stored.unpacked()
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether the packed codes are all there is of the weight."""
+        return isinstance(self.__dict__.get("_stored"), PackedTensor)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I), without unpacking anything."""
+        return self._stored.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that store the weight exactly."""
+        return self._stored.nbytes
+
+    @torch.no_grad()
+    def compact(self) -> None:
+        """Keeps the codes alone, packed at their width."""
+        if not self.is_compact:
+            self._stored = PackedTensor.of(self.quantized)
+            self._operand = None
+            del self.weight
 
     def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
-        if self.packed is None:
+        if self.backend == "fake":
             return linear(self.inputs.fake(x), self.weight, self.bias)
-        y = cpu_int8.int8_linear(self.inputs.packed(x), self.packed, self.bias)
+        y = cpu_int8.int8_linear(self.inputs.packed(x), self._weight_operand(), self.bias)
         return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
     def can_pack(self) -> bool:
         """Whether the packed backend takes these grids on this device."""
-        on_cpu = self.weight.device.type == "cpu" and self.quantized.group_index is None
-        I = self.weight.shape[1]
-        return on_cpu and cpu_int8.supports(self.quantized.grid, self.inputs.grid, I)
+        stored = self._stored
+        on_cpu = stored.scale.device.type == "cpu" and stored.group_index is None
+        return on_cpu and cpu_int8.supports(stored.grid, self.inputs.grid, self.shape[1])
 
     @torch.no_grad()
     def pack(self) -> None:
         """Changes to the packed backend."""
         assert self.can_pack(), f"the packed backend does not take {self}"
-        self.packed = cpu_int8.weight_operand(self.quantized)
+        self.backend = "packed"
+        self._operand = None if self.is_compact else self._weight_operand()
 
     def unpack(self) -> None:
         """Changes back to the fake backend."""
-        self.packed = None
+        self.backend, self._operand = "fake", None
 
     @torch.no_grad()
     def scale_rows(self, factor: Float[Tensor, " O"]) -> None:
         """y -> y * factor, exactly: the codes stay, the row scales change."""
-        assert self.packed is None, "scales move while a model is quantized, before it is packed"
-        q = self.quantized
-        self.quantized = replace(q, scale=q.scale * factor[:, None].to(q.scale))
-        self.weight.data = self.quantized.dequantize().to(self.weight.dtype)
+        assert self.backend == "fake", "scales move while a model is quantized, before it is packed"
+        scale = self._stored.scale
+        self._stored = replace(self._stored, scale=scale * factor[:, None].to(scale))
+        if not self.is_compact:
+            self.weight.data = self.quantized.dequantize().to(self._dtype)
         if self.bias is not None:
             self.bias.data = (self.bias.data.float() * factor).to(self.bias.dtype)
 
+    def _weight_operand(self) -> cpu_int8.Operand:
+        return cpu_int8.weight_operand(self.quantized) if self._operand is None else self._operand
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """The state dict has the weight whether or not it is held."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_compact:
+            destination[prefix + "weight"] = self.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Codes go to the device the parameters go to (torch moves only those); their types never change."""
+        super()._apply(fn, recurse)
+        here = self._stored.scale.device
+        moved = fn(torch.empty(0, dtype=self._dtype, device=here))
+        self._dtype = moved.dtype
+        if moved.device != here:
+            self._stored, self._operand = self._stored.to(moved.device), None
+        return self
+
     def extra_repr(self) -> str:
-        O, I = self.weight.shape
-        grids = f"weight={self.quantized.grid}, input={self.inputs.grid}"
+        O, I = self.shape
+        grids = f"weight={self._stored.grid}, input={self.inputs.grid}"
         return f"in={I}, out={O}, {grids}, backend={self.backend}"

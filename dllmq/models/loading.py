@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 import dllmq.models as models_package
 from dllmq.models.stored import read_stored
+from dllmq.models.streaming import TensorFiles, stream_blocks
 from dllmq.numerics.layouts import Spec
 
 FULL_PRECISION = ("F32", "F16", "BF16", "F64")
@@ -212,7 +213,10 @@ def _check_header(name: str, header: Header, spec: Spec) -> None:
 
 
 def load_model(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    stream: bool = False,
 ) -> Any:
     """Loads a model for inference: in full precision, or as it was quantized (`quantized_loading`).
 
@@ -220,6 +224,8 @@ def load_model(
         path: folder in the published format or a quantized one, or a hub id.
         device: where the weights go.
         dtype: of weights and computation; stored weights are cast.
+        stream: blocks are read from the files when the model runs through them, one in memory at a time
+            (models/streaming.py). The same numbers, slower.
 
     Returns:
         A `MaskPredictor` in eval mode, without gradients.
@@ -236,10 +242,10 @@ def load_model(
         return load_stored(folder, stored, device, dtype)
     files = weight_files(folder)
     model = skeleton(config, model_class)
-    where = check_tensors(files, {name: p.shape for name, p in model.state_dict().items()})
-    state: dict[str, torch.Tensor] = {}
-    for file in files:
-        with safe_open(file, framework="pt", device=str(device)) as tensors:
-            state |= {name: tensors.get_tensor(name).to(dtype) for name, at in where.items() if at == file}
-    model.load_state_dict(state, strict=True, assign=True)
+    shapes = {name: p.shape for name, p in model.state_dict().items()}
+    tensors = TensorFiles(check_tensors(files, shapes), shapes, torch.device(device), dtype)
+    if stream:
+        stream_blocks(model, tensors)
+    else:
+        model.load_state_dict({name: tensors.read(name) for name in shapes}, strict=True, assign=True)
     return model.requires_grad_(False).eval()

@@ -17,7 +17,7 @@ Legend: x values [..., I], q codes, s scale and z zero [..., G], b bits, g group
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -172,12 +172,34 @@ class QuantizedTensor:
         return (self.codes.float() - self.zero[:, self.group_index]) * self.scale[:, self.group_index]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def unpacked(self) -> QuantizedTensor:
+        """Itself: its codes lie one a byte already (numerics/packed.py has them packed)."""
+        return self
+
+    def to(self, device: torch.device) -> QuantizedTensor:
+        """The same on another device."""
+        index = None if self.group_index is None else self.group_index.to(device)
+        codes, scale, zero = self.codes.to(device), self.scale.to(device), self.zero.to(device)
+        return replace(self, codes=codes, scale=scale, zero=zero, group_index=index)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes that store this exactly: codes and zeros packed at `bits` each (no zeros on symmetric grids),
-        scales and group_index at four bytes."""
-        packed = self.codes.numel() + (0 if self.grid.symmetric else self.zero.numel())
-        whole = self.scale.numel() + (0 if self.group_index is None else self.group_index.numel())
-        return -(-packed * self.grid.bits // 8) + 4 * whole
+        """Bytes that store this exactly, see `stored_bytes`."""
+        return stored_bytes(self.shape, self.scale, self.zero, self.grid, self.group_index)
+
+
+def stored_bytes(
+    shape: tuple[int, int], scale: Tensor, zero: Tensor, grid: Grid, group_index: Tensor | None
+) -> int:
+    """Bytes of a quantized weight [O, I] as it would be stored: codes and zeros packed at `bits` each (no
+    zeros on symmetric grids), scales and group_index at four bytes."""
+    packed = shape[0] * shape[1] + (0 if grid.symmetric else zero.numel())
+    whole = scale.numel() + (0 if group_index is None else group_index.numel())
+    return -(-packed * grid.bits // 8) + 4 * whole
 
 
 def _grouped(x: Tensor, grid: Grid) -> Tensor:

@@ -203,7 +203,7 @@ def group_of_three(grid: Grid | None = None) -> tuple[InputQuantizer, list[Quant
 def alone(linear: QuantLinear) -> QuantLinear:
     """The same linear with an input quantizer of its own."""
     own = QuantLinear(linear.quantized, None, linear.inputs.grid, torch.float32)
-    if linear.packed is not None:
+    if linear.backend == "packed":
         own.pack()
     return own
 

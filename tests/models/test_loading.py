@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_llada import tiny_model
 from torch import Tensor
 
-from dllmq.models import load_model, loading
+from dllmq.models import load_model, loading, streaming
 from dllmq.models.llada import LLaDA
 
 # The published config.json's fields, with the dimensions of the tiny model.
@@ -104,6 +104,7 @@ def sentence(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path | str], str]:
 
     real = loading.safe_open
     monkeypatch.setattr(loading, "safe_open", HeaderOnly)
+    monkeypatch.setattr(streaming, "safe_open", HeaderOnly)
 
     def refuse(path: Path | str) -> str:
         with pytest.raises(ValueError) as error:

@@ -1,0 +1,98 @@
+"""What of a model is held in memory while it is quantized and measured.
+
+    whole     every weight is loaded; a quantized linear keeps its dequantized weight beside its codes
+    compact   every weight is loaded; a quantized linear keeps its codes alone, packed at their width
+    stream    blocks are read from the checkpoint one at a time; quantized ones are kept compact
+
+All three give the same numbers bit for bit. `auto` takes the first that fits in 80 % of what is free: whole
+needs the weights at the model's dtype and a byte a parameter for the codes, compact the weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+MEMORY = ("auto", "whole", "stream")
+SHARE = 0.8  # of free memory that the weights may take; the rest is for activations and statistics
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What was chosen, and from which figures.
+
+    Attributes:
+        mode: "whole", "compact" or "stream".
+        weight_bytes: of the whole checkpoint at the model's dtype.
+        free_bytes: of the device, None where unknown.
+    """
+
+    mode: str
+    weight_bytes: int
+    free_bytes: int | None
+
+    @property
+    def stream(self) -> bool:
+        return self.mode == "stream"
+
+    @property
+    def compact(self) -> bool:
+        """Whether quantized linears keep their codes alone."""
+        return self.mode != "whole"
+
+    def __str__(self) -> str:
+        free = "unknown" if self.free_bytes is None else f"{self.free_bytes / 1e9:.1f} GB"
+        return f"{self.mode} (weights {self.weight_bytes / 1e9:.1f} GB, free {free})"
+
+
+def plan_memory(
+    memory: str, parameters: int, dtype: torch.dtype, device: str, free: int | None = None
+) -> MemoryPlan:
+    """What to hold: `memory` is auto, whole or stream, a choice of MEMORY.
+
+    Args:
+        parameters: of the checkpoint; dtype: of the loaded weights.
+        free: bytes that are free on the device; measured when None.
+    """
+    free = free_memory(device) if free is None else free
+    weights = parameters * dtype.itemsize
+    if memory != "auto" or free is None:
+        return MemoryPlan("stream" if memory == "stream" else "whole", weights, free)
+    room = SHARE * free
+    mode = "whole" if weights + parameters <= room else "compact" if weights <= room else "stream"
+    return MemoryPlan(mode, weights, free)
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that can still be taken on a device without swapping; None where the system does not tell.
+
+    On the CPU the least of what the machine has and what the process's control group allows (a container).
+    """
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    machine = _available(Path("/proc/meminfo"))
+    group = _left_in_group(Path("/sys/fs/cgroup"))
+    known = [n for n in (machine, group) if n is not None]
+    return min(known) if known else None
+
+
+def _available(meminfo: Path) -> int | None:
+    """MemAvailable of /proc/meminfo."""
+    try:
+        lines = meminfo.read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def _left_in_group(folder: Path) -> int | None:
+    """Limit of the control group (version 2) minus what it uses; file pages it could drop count as free."""
+    try:
+        limit = int((folder / "memory.max").read_text())  # "max" where there is none
+        used = int((folder / "memory.current").read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return max(0, limit - used + int(stat["inactive_file"]) + int(stat["active_file"]))
+    except (OSError, KeyError, ValueError):
+        return None
