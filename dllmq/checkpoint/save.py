@@ -90,7 +90,7 @@ def save_quantized(
     linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     if not linears:
         raise ValueError("the model is in full precision: quantize it before it is exported.")
-    sizes = {name: (m.weight.shape[0], m.weight.shape[1]) for name, m in linears.items()}
+    sizes = {name: m.shape for name, m in linears.items()}
     first = settings[0]
     ordered = any(s.ordered for s in settings)
     layout = layout_of(format, first.weights, first.inputs, sizes, ordered)
@@ -154,17 +154,19 @@ def stored_tensors(module: nn.Module, prefix: str, layout: str) -> Iterator[tupl
     In packed layouts other tensors are stored in bf16 where that loses nothing, which it does not where the
     published checkpoint has bf16 and neither AWQ nor the run's dtype changed them.
     """
-    linears = {f"{n}.weight": m for n, m in module.named_modules() if isinstance(m, QuantLinear)}
-    for name, tensor in module.state_dict().items():
-        if layout == DENSE:
-            yield prefix + name, tensor
-        elif name in linears:
-            stem = prefix + name.removesuffix("weight")
-            for suffix, part in encode(linears[name].quantized, layout).items():
+    for name, child in module.named_modules(prefix=prefix.removesuffix(".")):
+        stem = f"{name}." if name else ""
+        if isinstance(child, QuantLinear) and layout != DENSE:
+            for suffix, part in encode(child.quantized, layout).items():
                 yield stem + suffix, part
-        else:
+        elif isinstance(child, QuantLinear):
+            yield f"{stem}weight", child.weight
+        for own, tensor in child.named_parameters(recurse=False):
+            if isinstance(child, QuantLinear) and own == "weight":
+                continue
             short = tensor.to(torch.bfloat16)
-            yield prefix + name, short if torch.equal(short.to(tensor.dtype), tensor) else tensor
+            exact = layout != DENSE and torch.equal(short.to(tensor.dtype), tensor)
+            yield stem + own, short if exact else tensor
 
 
 def write_companions(
