@@ -3,6 +3,7 @@
 settings.py       EvalSettings: how a model answers
 tasks.py          which tasks there are, what is checked before weights are read, evaluate()
 harness.py        DiffusionLM, the model as lm-eval sees it (imports lm-eval: seconds)
+plugin.py         the same under the name `dllmq` in lm-eval's registry and on its command line
 code_scoring.py   responses to code tasks -> programs -> pass@1
 sandbox.py        runs one program in a process of its own
 fidelity.py       KL divergence and top-1 agreement on held-out full-precision states

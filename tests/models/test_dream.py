@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dllmq.calibration.states import record_trajectories
 from dllmq.diffusion import SamplerConfig, log_likelihood
+from dllmq.diffusion.process import bernoulli_masks
 from dllmq.evaluation import fidelity
 from dllmq.evaluation.divergence import measure_divergence
 from dllmq.methods import AWQ, GPTQ
@@ -380,7 +381,7 @@ def test_the_whole_of_dllmquant_runs_and_is_measured() -> None:
     reference = fidelity.reference(full, trajectories, SAMPLER, count=12, batch_size=4)
     same = fidelity.measure(full, reference)
     assert {name: figure["value"] for name, figure in same.values.items()} == {
-        "kl": 0, "top1": 1, "argmax_at_k": 1, "hidden_error": 0,
+        "kl": 0, "top1": 1, "argmax_at_k": 1, "slots_at_k": 1, "hidden_error": 0,
     }  # fmt: skip
     assert (
         measure_divergence(full, trajectories, prompts(), SAMPLER, 3).values["final_agreement"]["value"] == 1
@@ -406,12 +407,17 @@ def test_the_committed_tokens_of_fidelity_are_read_one_column_earlier() -> None:
 
 
 def test_a_likelihood_reads_one_column_earlier() -> None:
-    """A one-token answer has one possible mask: its bound is the log-probability before it."""
+    """A one-token answer has one mask, then an end of text: its log-probability times the drawn weight."""
     model, prompt = tiny_dream(), prompts()[0]
-    masked = torch.cat([prompt, torch.tensor([MASK])])[None]
+    masked = torch.cat([prompt, torch.tensor([MASK, model.config.eos_token_id])])[None]
+    draws = torch.Generator().manual_seed(5)
+    at, p = bernoulli_masks(1, masked.shape[1], 4, 1e-3, draws)
+    weight = float((at[:, 0] / p).sum()) / 4
+    assert weight > 0
     for token in (3, 17):
-        expected = float(model(masked).log_softmax(-1)[0, -2, token])
-        found = log_likelihood(model, prompt, torch.tensor([token]), num_samples=4, batch_size=2)
+        expected = weight * float(model(masked).log_softmax(-1)[0, -3, token])
+        rng = torch.Generator().manual_seed(5)
+        found = log_likelihood(model, prompt, torch.tensor([token]), 4, 4, generator=rng)
         assert found == pytest.approx(expected, abs=1e-4)
 
 
