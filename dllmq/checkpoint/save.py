@@ -1,15 +1,14 @@
 """Saving a quantized model: its tensors in a format's layout, config, tokenizer, and our record.
 
-`save_quantized` is the whole; a loop that never has the whole model puts the same parts together itself:
+`save_quantized` is the whole. A loop that never has the whole model puts the same parts together itself, a
+block at a time, each under its dotted name ("model.layers.3."):
 
-    settings = []
     with ShardWriter(folder) as writer:
-        for index, block in ...:                                  # quantized, one at a time
-            prefix = block_prefix(model, index)                   # "model.layers.3."
+        for block, prefix in ...:                       # quantized
             settings.append(block_settings(block, topology, prefix))
             for name, tensor in stored_tensors(block, prefix, layout):
                 writer.add(name, tensor)
-        ...                                                       # embedding, norm and head, with layout too
+        ...                                             # embedding, norm, head: stored_tensors too
         write_companions(writer, describe(settings, layout), topology.head, source_folder, record)
         writer.finish()
 """
