@@ -2,7 +2,23 @@
 
 from dllmq.checkpoint.formats import EXPORTS, layout_of
 from dllmq.checkpoint.load import load_quantized
-from dllmq.checkpoint.save import save_quantized
+from dllmq.checkpoint.save import (
+    block_settings,
+    describe,
+    save_quantized,
+    stored_tensors,
+    write_companions,
+)
 from dllmq.checkpoint.writer import ShardWriter
 
-__all__ = ["EXPORTS", "ShardWriter", "layout_of", "load_quantized", "save_quantized"]
+__all__ = [
+    "EXPORTS",
+    "ShardWriter",
+    "block_settings",
+    "describe",
+    "layout_of",
+    "load_quantized",
+    "save_quantized",
+    "stored_tensors",
+    "write_companions",
+]

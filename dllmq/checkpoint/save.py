@@ -1,15 +1,14 @@
 """Saving a quantized model: its tensors in a format's layout, config, tokenizer, and our record.
 
-`save_quantized` is the whole; a loop that never has the whole model puts the same parts together itself:
+`save_quantized` is the whole. A loop that never has the whole model puts the same parts together itself, a
+block at a time, each under its dotted name ("model.layers.3."):
 
-    settings = []
     with ShardWriter(folder) as writer:
-        for index, block in ...:                                  # quantized, one at a time
-            prefix = block_prefix(model, index)                   # "model.layers.3."
+        for block, prefix in ...:                       # quantized
             settings.append(block_settings(block, topology, prefix))
             for name, tensor in stored_tensors(block, prefix, layout):
                 writer.add(name, tensor)
-        ...                                                       # embedding, norm and head, with layout too
+        ...                                             # embedding, norm, head: stored_tensors too
         write_companions(writer, describe(settings, layout), topology.head, source_folder, record)
         writer.finish()
 """
@@ -48,12 +47,12 @@ class BlockSettings:
     """What is quantized in a block.
 
     Attributes:
-        linears: dotted names of the quantized ones.
+        linears: dotted names of the quantized ones, and their sizes (O, I).
         weights, inputs: their grids; ordered: a group_index is there.
         product: the attention product's grids (P, V, QK) and V's parameters.
     """
 
-    linears: tuple[str, ...]
+    linears: dict[str, tuple[int, int]]
     weights: Grid
     inputs: Grid | None
     ordered: bool
@@ -87,13 +86,8 @@ def save_quantized(
     """
     names = {id(module): name for name, module in model.named_modules()}
     settings = [block_settings(b, model.topology, f"{names[id(b)]}.") for b in model.blocks]
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-    if not linears:
-        raise ValueError("the model is in full precision: quantize it before it is exported.")
-    sizes = {name: m.shape for name, m in linears.items()}
-    first = settings[0]
-    ordered = any(s.ordered for s in settings)
-    layout = layout_of(format, first.weights, first.inputs, sizes, ordered)
+    first, sizes = settings[0], {name: size for s in settings for name, size in s.linears.items()}
+    layout = layout_of(format, first.weights, first.inputs, sizes, any(s.ordered for s in settings))
     if Path(folder).resolve() == Path(source_folder).resolve():
         raise ValueError(
             f"the export folder {folder} is the source's own; give a folder that is new or empty."
@@ -115,14 +109,19 @@ def block_settings(block: Block, topology: Topology, prefix: str) -> BlockSettin
     linears = [m for m in every if isinstance(m, QuantLinear)]
     if not linears:
         raise ValueError(f"{prefix[:-1]} is in full precision: quantize the model before it is exported.")
-    assert len({(m.quantized.grid, m.inputs.grid) for m in linears}) == 1, "one grid for all linears"
+    weights = [m.quantized for m in linears]
+    grids = {(q.grid, m.inputs.grid) for q, m in zip(weights, linears, strict=True)}
+    assert len(grids) == 1, "all linears have the same grids"
     product: Any = block.product
     quantized = isinstance(product, QuantizedProduct)
     return BlockSettings(
-        linears=tuple(prefix + names[id(m)] for m in linears),
-        weights=linears[0].quantized.grid,
+        linears={
+            prefix + names[id(m)]: (q.codes.shape[0], q.codes.shape[1])
+            for q, m in zip(weights, linears, strict=True)
+        },
+        weights=weights[0].grid,
         inputs=linears[0].inputs.grid,
-        ordered=any(m.quantized.group_index is not None for m in linears),
+        ordered=any(q.group_index is not None for q in weights),
         product=(product.p_grid, product.v_grid, product.qk_grid) if quantized else (None, None, None),
         values=product.v_params if quantized else None,
     )
@@ -131,9 +130,8 @@ def block_settings(block: Block, topology: Topology, prefix: str) -> BlockSettin
 def describe(settings: Sequence[BlockSettings], layout: str) -> Stored:
     """The folder's description from those of its blocks, which all have the same grids."""
     first = settings[0]
-    assert all(
-        (s.weights, s.inputs, s.product) == (first.weights, first.inputs, first.product) for s in settings
-    )
+    grids = {(s.weights, s.inputs, s.product) for s in settings}
+    assert len(grids) == 1, "all blocks have the same grids"
     P, V, QK = first.product
     return Stored(
         layout=layout,
@@ -151,22 +149,23 @@ def describe(settings: Sequence[BlockSettings], layout: str) -> Stored:
 def stored_tensors(module: nn.Module, prefix: str, layout: str) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of everything in a module, quantized weights in the layout's own tensors.
 
-    In packed layouts other tensors are stored in bf16 where that loses nothing, which it does not where the
-    published checkpoint has bf16 and neither AWQ nor the run's dtype changed them.
+    Beside packed weights the other tensors are stored in bf16 where that loses nothing: those of a published
+    bf16 checkpoint that was loaded in fp32, except norms and biases that AWQ changed.
     """
-    for name, child in module.named_modules(prefix=prefix.removesuffix(".")):
-        stem = f"{name}." if name else ""
-        if isinstance(child, QuantLinear) and layout != DENSE:
-            for suffix, part in encode(child.quantized, layout).items():
-                yield stem + suffix, part
-        elif isinstance(child, QuantLinear):
-            yield f"{stem}weight", child.weight
-        for own, tensor in child.named_parameters(recurse=False):
-            if isinstance(child, QuantLinear) and own == "weight":
-                continue
-            short = tensor.to(torch.bfloat16)
-            exact = layout != DENSE and torch.equal(short.to(tensor.dtype), tensor)
-            yield stem + own, short if exact else tensor
+    for name, part in module.named_modules(prefix=prefix.removesuffix(".")):
+        own = dict(part.named_parameters(recurse=False))
+        if isinstance(part, QuantLinear):
+            own.pop("weight", None)  # asked for below: a linear may hold its codes alone
+            stored = {"weight": part.weight} if layout == DENSE else encode(part.quantized, layout)
+            yield from ((f"{name}.{suffix}", t) for suffix, t in stored.items())
+        for key, tensor in own.items():
+            yield f"{name}.{key}".lstrip("."), tensor if layout == DENSE else _shortened(tensor)
+
+
+def _shortened(tensor: Tensor) -> Tensor:
+    """In bf16 where that loses nothing."""
+    short = tensor.to(torch.bfloat16)
+    return short if torch.equal(short.to(tensor.dtype), tensor) else tensor
 
 
 def write_companions(

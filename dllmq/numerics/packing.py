@@ -36,14 +36,14 @@ def pack(codes: Integer[Tensor, "R N"], bits: int) -> Int32[Tensor, "R W"]:
     R, N = codes.shape
     periods = -(-N // WORD)
     padded = torch.nn.functional.pad(codes, (0, periods * WORD - N)).reshape(R, periods, WORD)
-    packed = torch.zeros(R, periods, bits, dtype=torch.int64, device=codes.device)
+    packed = torch.zeros(R, periods, bits, dtype=torch.int32, device=codes.device)
     for i in range(WORD):
         word, start = divmod(i * bits, WORD)
-        code = padded[..., i].to(torch.int64)
-        packed[..., word] |= code << start
+        code = padded[..., i].to(torch.int32)
+        packed[..., word] |= code << start  # what lies above the word drops out
         if start + bits > WORD:
             packed[..., word + 1] |= code >> (WORD - start)
-    return _signed(packed).reshape(R, periods * bits)[:, : words(N, bits)].contiguous()
+    return packed.reshape(R, periods * bits)[:, : words(N, bits)].contiguous()
 
 
 def unpack(packed: Int32[Tensor, "R W"], bits: int, count: int) -> UInt8[Tensor, "R N"]:
@@ -55,14 +55,8 @@ def unpack(packed: Int32[Tensor, "R W"], bits: int, count: int) -> UInt8[Tensor,
     codes = torch.empty(R, periods, WORD, dtype=torch.uint8, device=packed.device)
     for i in range(WORD):
         word, start = divmod(i * bits, WORD)
-        code = (whole[..., word].to(torch.int64) & 0xFFFFFFFF) >> start
-        if start + bits > WORD:
-            code |= whole[..., word + 1].to(torch.int64) << (WORD - start)
-        codes[..., i] = (code & (2**bits - 1)).to(torch.uint8)
+        code = whole[..., word] >> start
+        if start + bits > WORD:  # the shift has filled the bits above with the sign
+            code = (code & (1 << WORD - start) - 1) | whole[..., word + 1] << (WORD - start)
+        codes[..., i] = (code & (1 << bits) - 1).to(torch.uint8)
     return codes.reshape(R, periods * WORD)[:, :count].contiguous()
-
-
-def _signed(word: Tensor) -> Int32[Tensor, "..."]:
-    """The low 32 bits of int64 values as int32, two's complement."""
-    low = word & 0xFFFFFFFF
-    return (low - ((low >> 31) << 32)).to(torch.int32)

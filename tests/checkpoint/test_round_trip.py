@@ -11,7 +11,15 @@ import torch
 from safetensors.torch import load_file
 from tiny_folders import CONFIGS, HEADS, logits, quantized, save_source, source, states
 
-from dllmq.checkpoint import load_quantized, save_quantized
+from dllmq.checkpoint import (
+    ShardWriter,
+    block_settings,
+    describe,
+    load_quantized,
+    save_quantized,
+    stored_tensors,
+    write_companions,
+)
 from dllmq.methods import AWQ, GPTQ, RTN
 from dllmq.models import load_model
 from dllmq.models.attention import QuantizedProduct
@@ -105,6 +113,30 @@ def test_a_tied_head_is_no_tensor(tmp_path: Path) -> None:
     quantize(model, [], Recipe(RTN(), Grid(4)), states=states("dream"))
     save_quantized(model, tmp_path / "out", CT, tied)
     assert torch.equal(logits(load_model(tmp_path / "out")), logits(model))
+
+
+def test_a_loop_over_blocks_writes_the_same_files(tmp_path: Path) -> None:
+    """As a program does that has one block at a time."""
+    model = quantized("dream", Grid(4), Grid(8), ATTENTION)
+    save_quantized(model, tmp_path / "whole", CT, source("dream"))
+    layout, settings = "pack-quantized", []
+    with ShardWriter(tmp_path / "loop") as writer:
+        for index, block in enumerate(model.blocks):
+            prefix = f"model.layers.{index}."
+            settings.append(block_settings(block, model.topology, prefix))
+            for name, tensor in stored_tensors(block, prefix, layout):
+                writer.add(name, tensor)
+        for name in ("model.embed_tokens", "model.norm", "lm_head"):
+            for full, tensor in stored_tensors(model.get_submodule(name), f"{name}.", layout):
+                writer.add(full, tensor)
+        write_companions(writer, describe(settings, layout), model.topology.head, source("dream"))
+        writer.finish()
+    whole, loop = ({f.name: f for f in (tmp_path / name).iterdir()} for name in ("whole", "loop"))
+    assert whole.keys() == loop.keys()
+    for name in whole.keys() - {"model.safetensors"}:
+        assert whole[name].read_bytes() == loop[name].read_bytes()
+    a, b = load_file(whole["model.safetensors"]), load_file(loop["model.safetensors"])
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
 
 
 # ------------------------------------------------------------------ what lies in the folder

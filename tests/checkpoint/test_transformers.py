@@ -73,6 +73,14 @@ def test_packed_zeros_need_dequantize(tmp_path: Path, grid: Grid) -> None:
     assert same_weights(model, theirs)
 
 
+def test_dequantized_weights_are_a_plain_checkpoint(tmp_path: Path) -> None:
+    model = quantized("dream", Grid(3), Grid(8))
+    save_quantized(model, tmp_path, "dequantized", source("dream"))
+    as_qwen2(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert same_weights(model, theirs) and theirs.state_dict().keys() == model.state_dict().keys()
+
+
 @pytest.mark.parametrize("architecture", ["llada", "dream"])
 @pytest.mark.parametrize("how", [HOW[1], HOW[4], HOW[6]], ids=str)
 def test_registered_classes_give_our_logits(tmp_path: Path, architecture: str, how: dict[str, Any]) -> None:
