@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from composed import composed
+from tiny_checkpoint import save_checkpoint
 from tiny_llada import tiny_model
 
 import dllmq.cell
@@ -18,7 +19,7 @@ from dllmq.config import Plan, RunConfig, check_cell, load
 from dllmq.evaluation.tasks import EvalResult
 from dllmq.full_precision import FullPrecision
 from dllmq.methods import FP
-from dllmq.report.results import BASELINE, RESULTS, STATUS, RunRecord, write_json_atomic
+from dllmq.report.results import BASELINE, RESULTS, STATUS, RunRecord, to_plain, write_json_atomic
 
 
 def plan(*overrides: str) -> Plan:
@@ -275,3 +276,39 @@ def test_load_and_plain_agree() -> None:
     config = plan("bits=auto").config
     assert config.plain()["bits"] == config.model.default_bits
     assert load(composed("tracker=none")) == config
+
+
+# ------------------------------------------------------------------ memory
+
+
+@pytest.fixture(scope="module")
+def by_memory(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunRecord]:
+    """The same cell with its model loaded and streamed, each with a cache of its own; states on disk."""
+    where, records = tmp_path_factory.mktemp("memory"), {}
+    model = save_checkpoint(where / "model", n_layers=2)
+    words = ["calibration.num_prompts=2", "calibration.num_states=4", "eval.fidelity_states=4",
+             "eval.fidelity_prompts=1", "sampler.gen_length=8", "sampler.steps=4", "sampler.block_length=8",
+             "tasks.names=[mini_choice]", "eval.limit=2", "eval.mc_num=2",
+             "eval.mc_batch_size=2"]  # fmt: skip
+    words += [f"model.path={model}", "method=gptq", "max_state_bytes=0"]
+    for memory in ("whole", "stream"):
+        folder = where / memory
+        (folder / "cell").mkdir(parents=True)
+        records[memory] = cell(folder, *words, f"memory={memory}", f"cache_dir={folder / 'cache'}").run()
+    return records
+
+
+def test_a_streamed_cell_has_the_loaded_cells_numbers(by_memory: dict[str, RunRecord]) -> None:
+    whole, streamed = (to_plain(by_memory[memory]) for memory in ("whole", "stream"))
+    for key in ("scores", "fidelity", "curves", "per_problem", "fidelity_per_prompt", "calibration"):
+        assert whole[key] == streamed[key] and whole[key]
+    for key in ("weight_bytes", "quantized_share", "fp_forwards"):
+        assert whole["cost"][key] == streamed["cost"][key] > 0
+    assert whole["notes"]["method"] == streamed["notes"]["method"]
+    assert whole["fingerprint"] == streamed["fingerprint"]
+
+
+def test_a_record_says_what_was_held(by_memory: dict[str, RunRecord]) -> None:
+    for memory, record in by_memory.items():
+        noted = record.notes["memory"]
+        assert noted["mode"] == memory and noted["weight_bytes"] > 0

@@ -132,6 +132,8 @@ def test_what_the_tests_compose_is_what_hydra_does() -> None:
         (["model.path=/nowhere/model", "dry_run=true"], ["/nowhere/model does not exist"]),
         (["device=gpu"], ["device=gpu", "auto, cpu, cuda"]),
         (["threads=0"], ["threads=0", "at least 1"]),
+        (["memory=steam"], ["memory=steam", "Did you mean stream?", "auto, whole, stream"]),
+        (["max_state_bytes=-1"], ["max_state_bytes=-1 is too small", "at least 0"]),
         (["seed=-1"], ["seed=-1"]),
         (["tasks.names=[]"], ["No task is named", "mini_gsm"]),
         (["tasks.names=[mini_gms]"], ["mini_gms", "Did you mean mini_gsm?"]),
@@ -438,6 +440,8 @@ def test_the_fingerprint_changes_with_what_changes_numbers(override: str, defaul
 @pytest.mark.parametrize(
     "override",
     [
+        "memory=stream",
+        "max_state_bytes=null",
         "tracker=none",
         "tracker.project=x",
         "name=x",

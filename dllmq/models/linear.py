@@ -145,8 +145,8 @@ class QuantLinear(nn.Module):
 
     @torch.no_grad()
     def compact(self) -> None:
-        """Keeps the codes alone, packed at their width."""
-        if not self.is_compact:
+        """Keeps the codes alone, packed at their width; nothing to do where they were given away (meta)."""
+        if not self.is_compact and not self._stored.scale.is_meta:
             self._stored = PackedTensor.of(self.quantized)
             self._operand = None
             del self.weight

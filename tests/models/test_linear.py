@@ -395,3 +395,61 @@ def test_group_weights_are_named_and_in_execution_order() -> None:
     group = linear_group(tiny_model(), 1, ROWS["qkv"])
     assert group.name == "blocks.1.qkv" and list(group.weights) == ["q_proj", "k_proj", "v_proj"]
     assert group.clip == {"v_proj"}
+
+
+# Codes alone ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [Grid(3), Grid(4, 4), Grid(8, 0), Grid(2, symmetric=True)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compact_linear_is_the_same(grid: Grid, dtype: torch.dtype) -> None:
+    """Output, weight, codes, state dict and bytes; but no parameter is left of the weight."""
+    quantized, bias = round_to_nearest(torch.randn(O, I), grid), torch.randn(O)
+    held, compact = (QuantLinear(quantized, bias, Grid(8), dtype) for _ in range(2))
+    compact.compact()
+    compact.compact()  # twice is once
+    x = torch.randn(2, 5, I).to(dtype)
+    assert torch.equal(compact(x), held(x)) and torch.equal(compact.weight, held.weight)
+    assert torch.equal(compact.quantized.codes, held.quantized.codes)
+    assert (compact.shape, compact.nbytes, repr(compact)) == (held.shape, held.nbytes, repr(held))
+    left, right = compact.state_dict(), held.state_dict()
+    assert left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in right)
+    assert [n for n, _ in compact.named_parameters()] == ["bias"] and compact.is_compact
+    assert not held.is_compact
+
+
+@exact_only
+@pytest.mark.parametrize("compact_first", [True, False])
+def test_the_packed_backend_of_a_compact_linear(compact_first: bool) -> None:
+    linear, x = quant_linear(Grid(4), Grid(8), torch.randn(O)), torch.randn(3, I)
+    fake = linear(x)
+    steps = [linear.compact, linear.pack] if compact_first else [linear.pack, linear.compact]
+    own = quant_linear(Grid(4), Grid(8), linear.bias)
+    own._stored = linear.quantized
+    own.pack()
+    for step in steps:
+        step()
+    assert linear.backend == "packed" and torch.equal(linear(x), own(x))
+    linear.unpack()
+    assert linear.backend == "fake" and torch.equal(linear(x), fake)
+
+
+def test_rows_of_a_compact_linear_scale_like_any() -> None:
+    held, factor = quant_linear(Grid(4, 4), bias=torch.randn(O)), torch.rand(O) + 0.1
+    compact = QuantLinear(held.quantized, held.bias, None, torch.float32)
+    compact.compact()
+    held.scale_rows(factor)
+    compact.scale_rows(factor)
+    x = torch.randn(3, I)
+    assert torch.equal(compact(x), held(x))
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_codes_go_where_the_module_goes_and_keep_their_types(compact: bool) -> None:
+    linear = quant_linear(Grid(4, 4), bias=torch.randn(O))
+    if compact:
+        linear.compact()
+    assert linear.to(torch.bfloat16).quantized.scale.dtype == torch.float32
+    assert linear.weight.dtype == linear(torch.randn(2, I).bfloat16()).dtype == torch.bfloat16
+    linear.to("meta")
+    assert linear.quantized.scale.is_meta and linear.shape == (O, I)

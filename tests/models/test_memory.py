@@ -1,0 +1,80 @@
+"""What is held in memory: the choice by figures, and where the figures come from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dllmq.models import memory
+from dllmq.models.memory import MemoryPlan, free_memory, plan_memory
+
+GB = 10**9
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("free", "mode"),
+    [
+        (100, "whole"),
+        (30, "whole"),  # 8 G parameters: 16 GB, and 8 GB of codes, are 80 % of it
+        (29, "compact"),
+        (20, "compact"),
+        (19, "stream"),
+        (1, "stream"),
+    ],
+)
+def test_auto_takes_the_first_that_fits(free: int, mode: str) -> None:
+    plan = plan_memory("auto", 8 * GB, BF16, "cpu", free * GB)
+    assert plan == MemoryPlan(mode, 16 * GB, free * GB)
+    assert (plan.stream, plan.compact) == (mode == "stream", mode != "whole")
+
+
+def test_the_dtype_counts() -> None:
+    assert plan_memory("auto", 8 * GB, torch.float32, "cpu", 45 * GB).mode == "compact"
+    assert plan_memory("auto", 8 * GB, BF16, "cpu", 45 * GB).mode == "whole"
+
+
+@pytest.mark.parametrize(("asked", "free"), [("whole", 1), ("stream", 10**6)])
+def test_what_is_asked_for_is_taken(asked: str, free: int) -> None:
+    assert plan_memory(asked, 8 * GB, BF16, "cpu", free * GB).mode == asked
+
+
+def test_a_system_that_tells_nothing_loads_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda _: None)
+    assert plan_memory("auto", 8 * GB, BF16, "cpu") == MemoryPlan("whole", 16 * GB, None)
+    assert str(plan_memory("stream", 8 * GB, BF16, "cpu")) == "stream (weights 16.0 GB, free unknown)"
+
+
+def test_the_plan_in_words() -> None:
+    assert str(MemoryPlan("compact", 16 * GB, 22_500_000_000)) == "compact (weights 16.0 GB, free 22.5 GB)"
+
+
+def test_free_memory_of_the_machine(tmp_path: Path) -> None:
+    file = tmp_path / "meminfo"
+    file.write_text("MemTotal:       100 kB\nMemFree:  5 kB\nMemAvailable:   40 kB\n")
+    assert memory._available(file) == 40 * 1024
+    file.write_text("MemTotal:       100 kB\n")
+    assert memory._available(file) is None and memory._available(tmp_path / "none") is None
+
+
+def test_free_memory_of_a_container(tmp_path: Path) -> None:
+    """1000 allowed, 700 used of which 300 are file pages it can drop."""
+    for name, text in {
+        "max": "1000\n",
+        "current": "700\n",
+        "stat": "anon 400\ninactive_file 200\nactive_file 100\n",
+    }.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert memory._left_in_group(tmp_path) == 600
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._left_in_group(tmp_path) is None and memory._left_in_group(tmp_path / "none") is None
+
+
+def test_the_smaller_of_the_two_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_available", lambda _: 50)
+    monkeypatch.setattr(memory, "_left_in_group", lambda _: 20)
+    assert free_memory("cpu") == 20
+    monkeypatch.setattr(memory, "_left_in_group", lambda _: None)
+    assert free_memory("cpu") == 50
+    monkeypatch.setattr(memory, "_available", lambda _: None)
+    assert free_memory("cpu") is None
