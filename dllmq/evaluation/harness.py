@@ -10,8 +10,8 @@ order of the requests, and shuffled requests give the same answers.
 
 An answer's text follows ML-GSAI/LLaDA `eval_llada.py`: decode with special tokens, cut at each stop string in
 turn, tokenize again and decode without special tokens. There is no cut at EOS in it (eos_cut="none"); under
-eos_cut="first" the tokens from the first EOS or EoT on are dropped before. Nothing adds BOS: prompts are
-tokenized as they are, a chat template brings its own.
+eos_cut="first" the tokens from the first EOS or EoT on are dropped before. Nothing adds BOS unless the settings
+say so (add_bos): prompts are tokenized as they are, a chat template brings its own.
 """
 
 import hashlib
@@ -140,6 +140,19 @@ class DiffusionLM(LM):
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def _bos(self) -> list[int]:
+        """What every prompt starts with.
+
+        Raises:
+            ValueError: BOS is asked for, but the tokenizer has none.
+        """
+        if not self.settings.add_bos:
+            return []
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        if bos is None:
+            raise ValueError("The settings start prompts with BOS, but the tokenizer has no BOS token.")
+        return [int(bos)]
+
     # --- generation
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -148,7 +161,7 @@ class DiffusionLM(LM):
         Raises:
             ValueError: a prompt and gen_length together exceed the maximum length; nothing is cut silently.
         """
-        prompts = [self.encode(request.args[0]) for request in requests]
+        prompts = [self._bos() + self.encode(request.args[0]) for request in requests]
         for request, prompt in zip(requests, prompts, strict=True):
             self._check_length(request, len(prompt), self.settings.sampler.gen_length, "gen_length")
             self._warn_of_sampling(request.args[1])
@@ -195,6 +208,7 @@ class DiffusionLM(LM):
     def _finish(self, tokens: list[int], request: Instance) -> str:
         until = request.args[1].get("until") or []
         stops = [until] if isinstance(until, str) else until
+        stops = stops if self.settings.until == "task" else []
         answer = cut_answer(tokens, stops, self.eos_ids, self.settings.eos_cut, self.tokenizer)
         self.counters.requests += 1
         self.counters.generated_tokens += answer.num_tokens
@@ -262,7 +276,7 @@ class DiffusionLM(LM):
         of the whole text without the context's."""
         bare = context.rstrip()
         prompt = self.encode(bare)
-        return prompt, self.encode(context + continuation)[len(prompt) :]
+        return self._bos() + prompt, self.encode(context + continuation)[len(prompt) :]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         raise ValueError(
