@@ -1,17 +1,18 @@
-"""The published tasks (benchmarks.yaml) as the installed lm-eval defines them, read without importing lm-eval.
+"""The published tasks (benchmarks.yaml) as the installed lm-eval defines them; it is not imported for it.
 
-A definition is a YAML whose `!function utils.f` names a function in a Python file beside it. It is read here as a
-plain dict, so that its data can be replaced by local files (`build`). Prompts, examples, stop strings, filters and
-metrics stay lm-eval's, with three exceptions (`ours` in benchmarks.yaml):
+A definition is a YAML whose `!function utils.f` names a function in a Python file beside it. It is read here
+as a plain dict, so that its data can be replaced by local files (`build`). Prompts, examples, stop strings,
+filters and metrics stay lm-eval's, with three exceptions (`ours` in benchmarks.yaml):
 
     humaneval, mbpp  their utils.py loads a metric from a hub at import, and trusts a program that ends:
                      scored by code_scoring.py
-    minerva_math     its utils.py asks for math_verify and antlr4 4.11, which exclude the antlr4 4.9 of Hydra: scored
-                     by exact_match alone, equality of unequal strings by math_answers.py
+    minerva_math     its utils.py asks for math_verify and antlr4 4.11, which exclude the antlr4 4.9 of Hydra:
+                     scored by exact_match alone, equality of unequal strings by math_answers.py
 
-A Python file is executed anew for every task that is built, without its top-level `try` statements, which hold
-nothing but those imports. `process_docs` runs once per split: gpqa's shuffles the choices with a generator of its
-file, so that a second run (lm-eval asks for the documents several times) would change the right answers.
+A Python file is executed anew for every task that is built, without its top-level `try` statements, which
+hold nothing but those imports. `process_docs` runs once per split: gpqa's shuffles the choices with a
+generator of its file, so that a second run (lm-eval asks for the documents several times) would change the
+right answers.
 """
 
 from __future__ import annotations
@@ -121,7 +122,8 @@ def build(
     Args:
         num_fewshot: None for the definition's.
         data: makes the data set {split: rows}; None: lm-eval loads it from the hub.
-        postprocess: what makes a program of an answer, of the tasks that run programs; None: the raw completion.
+        postprocess: what makes a program of an answer, of the tasks that run programs; None: the raw
+            completion.
     """
     config = {key: value for key, value in subtask.config.items() if key not in ("tag", "task_alias")}
     config |= _scorer(own.ours, subtask, postprocess)
@@ -170,7 +172,8 @@ def _scorer(ours: str, subtask: Subtask, postprocess: code_scoring.Postprocess |
     if ours == "math":
         metrics = [m for m in subtask.config["metric_list"] if m["metric"] == "exact_match"]
         functions = _module(_function_of(subtask, "process_results").file)
-        return {"metric_list": metrics, "process_results": partial(_score_math, functions)}
+        score = partial(_score_math, functions.get_unnormalized_answer, functions.normalize_final_answer)
+        return {"metric_list": metrics, "process_results": score}
     if not ours:
         return {}
     make = {"humaneval": code_scoring.program, "mbpp": code_scoring.assert_program}[ours]
@@ -182,10 +185,11 @@ def _scorer(ours: str, subtask: Subtask, postprocess: code_scoring.Postprocess |
     }
 
 
-def _score_math(functions: ModuleType, doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
+def _score_math(
+    find: Callable[[str], str], normalize: Callable[[str], str], doc: Mapping[str, Any], results: list[str]
+) -> dict[str, float]:
     """Lewkowycz et al. (2022), appendix D: the final answer's normal form equals the solution's."""
-    found = functions.normalize_final_answer(functions.get_unnormalized_answer(results[0]))
-    return {"exact_match": float(same_value(found, doc["answer"]))}
+    return {"exact_match": float(same_value(normalize(find(results[0])), doc["answer"]))}
 
 
 def _function_of(subtask: Subtask, key: str) -> Function:
@@ -221,7 +225,7 @@ def _subtask(file: Path) -> Subtask:
 
 
 def _files(name: str, row: Mapping[str, Any]) -> list[Path]:
-    """The YAMLs of a group's subtasks. lm-eval's group score is their mean weighted by size, which is what we take."""
+    """The YAMLs of a group's subtasks; their mean weighted by size is its score, as in lm-eval."""
     group = _read(_existing(name, tasks_folder() / row["group"]))
     assert all(metric["weight_by_size"] for metric in group["aggregate_metric_list"]), name
     files = sorted(tasks_folder().glob(row["members"]))
@@ -234,7 +238,8 @@ def _files(name: str, row: Mapping[str, Any]) -> list[Path]:
 def _existing(name: str, file: Path) -> Path:
     if not file.is_file():
         raise ValueError(
-            f"The installed lm-eval has no definition of {name} at {file}: install the version in constraints.txt."
+            f"The installed lm-eval has no definition of {name} at {file}: install the version that "
+            "constraints.txt names."
         )
     return file
 
@@ -269,7 +274,7 @@ def _resolve(value: Any, modules: dict[Path, ModuleType]) -> Any:
 
 
 def _module(file: Path) -> ModuleType:
-    """A Python file, executed without its top-level `try` statements and without `evaluate`, which these use."""
+    """A Python file, executed without its top-level `try` statements and the `evaluate` that these use."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     tree.body = [node for node in tree.body if not isinstance(node, ast.Try) and not _imports_evaluate(node)]
     module = ModuleType(f"lm_eval_task_{file.parent.name}_{file.stem}")

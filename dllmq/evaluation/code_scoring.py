@@ -1,7 +1,7 @@
 """pass@1: a response becomes a program, which runs in the sandbox with the data set's tests.
 
-The functions that task YAMLs and benchmarks.py name. lm-eval's own humaneval and mbpp need `code_eval` from a hub at
-import, and trust a program that ends; this scorer does neither.
+The functions that task YAMLs and benchmarks.py name. lm-eval's own humaneval and mbpp need `code_eval` from a
+hub at import, and trust a program that ends; this scorer does neither.
 """
 
 import ast
@@ -31,10 +31,11 @@ def program(doc: Doc, response: str, postprocess: Postprocess | None = None) -> 
 
 
 def assert_program(doc: Doc, response: str, postprocess: Postprocess | None = None) -> Program:
-    """A response to a problem in MBPP's schema: the response alone is the program, its first three asserts the test.
+    """A response to a problem in MBPP's schema: the response alone is the program, its first three asserts
+    the test.
 
-    A few problems' asserts build objects of a class that the response has to define; the sandbox's judge does not
-    see what the response defines, so these fail.
+    A few problems' asserts build objects of a class that the response has to define; the sandbox's judge does
+    not see what the response defines, so these fail.
     """
     name = asserted_function(doc["test_list"], doc["code"])
     make = postprocess or continued
@@ -69,10 +70,10 @@ def continued(prompt: str, response: str, entry_point: str) -> str:
 def take_function(prompt: str, response: str, entry_point: str) -> str:
     """The program in a chat answer, or in a completion that was not cut at the task's stop strings.
 
-    The first fenced block that defines `entry_point` (a fence without its end reaches to the end of the text), else
-    the first block, else the whole response. It follows the prompt: as a second definition of the function where it
-    has one, as its continuation otherwise. Of that the longest run of lines that parses is kept, and of these the
-    definitions, imports and assignments; examples and prints behind them are left out.
+    The first fenced block that defines `entry_point` (a fence without its end reaches to the end of the
+    text), else the first block, else the whole response. It follows the prompt: as a second definition of the
+    function where it has one, as its continuation otherwise. Of that the longest run of lines that parses is
+    kept, and of these the definitions, imports and assignments; examples and prints behind them are left out.
     """
     head = re.compile(rf"^(async\s+)?def\s+{re.escape(entry_point)}\b", re.MULTILINE)
     blocks = [
@@ -90,7 +91,8 @@ def take_function(prompt: str, response: str, entry_point: str) -> str:
 
 
 _DEFINING = (
-    ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign,
+    ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign,
+    ast.AnnAssign,
 )  # fmt: skip
 
 

@@ -10,8 +10,8 @@ order of the requests, and shuffled requests give the same answers.
 
 An answer's text follows ML-GSAI/LLaDA `eval_llada.py`: decode with special tokens, cut at each stop string in
 turn, tokenize again and decode without special tokens. There is no cut at EOS in it (eos_cut="none"); under
-eos_cut="first" the tokens from the first EOS or EoT on are dropped before. Nothing adds BOS unless the settings
-say so (add_bos): prompts are tokenized as they are, a chat template brings its own.
+eos_cut="first" the tokens from the first EOS or EoT on are dropped before. Nothing adds BOS unless the
+settings say so (add_bos): prompts are tokenized as they are, a chat template brings its own.
 """
 
 import hashlib
@@ -146,7 +146,7 @@ class DiffusionLM(LM):
         Raises:
             ValueError: BOS is asked for, but the tokenizer has none.
         """
-        if not self.settings.add_bos:
+        if not self.settings.add_bos or self.settings.chat_template:
             return []
         bos = getattr(self.tokenizer, "bos_token_id", None)
         if bos is None:

@@ -1,9 +1,9 @@
 """Whether two final answers of the MATH data set are equal: as strings, or as values.
 
-lm-eval compares the strings, then asks SymPy whether the difference of the parsed LaTeX simplifies to 0. SymPy's
-parser needs an antlr4 that excludes Hydra's, so values are computed here: exactly (as fractions) while they are
-rational, else as complex numbers at three fixed points of the variables, to 12 digits. What cannot be read (tuples,
-intervals, matrices, words) is equal as a string or not at all, as in lm-eval.
+lm-eval compares the strings, then asks SymPy whether the difference of the parsed LaTeX simplifies to 0.
+SymPy's parser needs an antlr4 that excludes Hydra's, so values are computed here: exactly (as fractions)
+while they are rational, else as complex numbers at three fixed points of the variables, to 12 digits. What
+cannot be read (tuples, intervals, matrices, words) is equal as a string or not at all, as in lm-eval.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Value = Fraction | complex
 _TOKEN = re.compile(r"\d+\.?\d*|\.\d+|\\[A-Za-z]+|\\.|\S")
 _IGNORED = ("\\left", "\\right", "\\!", "\\,", "\\;")
 _TIMES, _OVER = ("*", "\\cdot", "\\times"), ("/", "\\div")
-_POINTS = (0.7316, -1.3911, 2.2937 + 0.611j)
+_POINTS = (0.7316 + 0j, -1.3911 + 0j, 2.2937 + 0.611j)
 _DIGITS = 1e-12
 _LARGEST_POWER = 4096  # of an exact value
 
@@ -38,7 +38,7 @@ def _close(a: Value, b: Value) -> bool:
 
 
 class _Reader:
-    """Recursive descent over LaTeX arithmetic. Letters are variables: each has its own multiple of `point`."""
+    """Recursive descent over LaTeX arithmetic. Letters are variables: each its own multiple of `point`."""
 
     def __init__(self, text: str, point: complex) -> None:
         self.tokens = [token for token in _TOKEN.findall(text) if token not in _IGNORED]

@@ -26,11 +26,13 @@ class EvalSettings:
         max_length: tokens a canvas may have; None: the model's max_sequence_length.
         chat_template: wrap prompts in the tokenizer's chat template.
         num_fewshot: examples in a prompt; None: the task's own number.
-        fewshot_as_multiturn: with a chat template, each example is a turn of its own; False: one message holds the
-            whole prompt.
+        fewshot_as_multiturn: with a chat template, each example is a turn of its own; False: one message
+            holds the whole prompt.
         until: task (an answer is cut at the task's stop strings) | none.
-        add_bos: prompts that are generated from, and contexts of likelihoods, start with the tokenizer's BOS.
-        postprocess: of programs: none (the response as it is) | take_function (see code_scoring.take_function).
+        add_bos: prompts that are generated from, and contexts of likelihoods, start with the tokenizer's BOS;
+            not with a chat template, which brings its own.
+        postprocess: of programs: none (the response as it is) | take_function (see
+            code_scoring.take_function).
     """
 
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -66,7 +68,8 @@ class EvalSettings:
             raise ValueError(f"Unknown postprocess={self.postprocess}: use {' or '.join(POSTPROCESS)}.")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise ValueError(
-                f"num_fewshot must be an integer >= 0, or None for the task's own number; got {self.num_fewshot}."
+                f"num_fewshot must be an integer >= 0, or None for the task's own number; got "
+                f"{self.num_fewshot}."
             )
         if self.max_length is not None and self.max_length <= self.sampler.gen_length:
             raise ValueError(

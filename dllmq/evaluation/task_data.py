@@ -1,9 +1,10 @@
 """Local files of the published tasks: what goes where, what is wrong with it, and the rows.
 
     <data_dir>/<task>/<split>.jsonl                  gsm8k/test.jsonl, gsm8k/train.jsonl
-    <data_dir>/<task>/<subset>/<split>.jsonl         mmlu/anatomy/test.jsonl; the subset is lm-eval's dataset_name
+    <data_dir>/<task>/<subset>/<split>.jsonl         mmlu/anatomy/test.jsonl; lm-eval's dataset_name
 
-or .parquet instead of .jsonl, in the data set's own schema; further columns do no harm. lm-eval is not imported.
+or .parquet instead of .jsonl, in the data set's own schema; further columns do no harm. lm-eval is not
+imported here.
 """
 
 from __future__ import annotations
@@ -103,11 +104,11 @@ def digests(name: str, num_fewshot: int | None, data_dir: Path | None) -> dict[s
 
 
 def layout(own: Benchmark, num_fewshot: int | None, data_dir: Path | None = None) -> str:
-    """ "gsm8k needs test.jsonl and train.jsonl (for its 5 examples), each line with question and answer, in ..." """
+    """What goes where: "gsm8k needs test.jsonl ..., each line with question and answer, in ..." """
     shots = shots_of(own.subtasks[0], num_fewshot)
     scored, *drawn = used_splits(own, shots)
     files = f"{scored}.jsonl"
-    files += f" and {drawn[0]}.jsonl (for its {shots} examples)" if drawn else ""
+    files += f" and, for its {shots} examples, {drawn[0]}.jsonl" if drawn else ""
     folder = f"{data_dir if data_dir is not None else '<data_dir>'}/{own.name}"
     subsets = [subtask.subset for subtask in own.subtasks]
     place = f"{folder}/<subset>, one folder for each of {', '.join(subsets)}" if own.grouped else folder
@@ -141,8 +142,8 @@ def _check_drawn_examples(own: Benchmark, subtask: Subtask, shots: int, found: M
     if shots > available:
         where = f"{own.name}/{subtask.subset}" if own.grouped else own.name
         raise ValueError(
-            f"{where} asks for {shots} examples, but its {drawn} file has {available} to draw from: add lines, or "
-            f"set tasks.num_fewshot to at most {available}."
+            f"{where} asks for {shots} examples, but its {drawn} file has {available} to draw from: "
+            f"add lines, or set tasks.num_fewshot to at most {available}."
         )
 
 
@@ -288,8 +289,8 @@ def _check_hub(own: Benchmark, num_fewshot: int | None) -> None:
         reason = _unreachable(repository)
         if reason:
             raise ValueError(
-                f"{layout(own, num_fewshot)}; set tasks.data_dir to that <data_dir>, because {repository} cannot be "
-                f"read from the hub: {reason}."
+                f"{layout(own, num_fewshot)}; set tasks.data_dir to that <data_dir>, because {repository} "
+                f"cannot be read from the hub: {reason}."
             )
 
 

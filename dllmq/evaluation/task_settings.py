@@ -90,13 +90,13 @@ def find(preset: str, model: str, task: str) -> Row | None:
     models = dict.fromkeys(row.model for row in own)
     has = "; ".join(f"{m} with {', '.join(row.task for row in own if row.model == m)}" for m in models)
     raise ValueError(
-        f"tasks.settings={preset} has no row for model {model} and task {task}; it has {has}: choose one of these "
-        "(model=..., with model.path=<folder> for a folder of your own), or tasks.settings=default."
+        f"tasks.settings={preset} has no row for model {model} and task {task}; it has {has}: choose one of "
+        "these (model=..., with model.path=<folder> for a folder of your own), or tasks.settings=default."
     )
 
 
 def published(preset: str, model: str, task: str) -> list[dict[str, Any]]:
-    """What was published for the model and task: under the preset; under default by all, each with its own."""
+    """What was published for the model and task: under the preset, or under all of them for default."""
     found = [row for row in rows() if (row.model, row.task) == (model, task)]
     return [row.published() for row in found if preset in (DEFAULT, row.preset)]
 

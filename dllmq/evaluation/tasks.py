@@ -1,9 +1,9 @@
 """Tasks: which there are, what can be refused before weights are read, and evaluate().
 
-A generated task is one lm-eval YAML in task_configs/. Its `metadata.dllmq` holds test_size (how many problems there
-are without a limit) and the settings the task is meant for. A published task is a row of benchmarks.yaml: lm-eval's own
-definition on local files or the hub's data; a group of subtasks (mmlu) is one task. lm-eval is imported in the
-functions that need it, so names are checked within milliseconds.
+A generated task is one lm-eval YAML in task_configs/. Its `metadata.dllmq` holds test_size (how many problems
+there are without a limit) and the settings the task is meant for. A published task is a row of
+benchmarks.yaml: lm-eval's own definition on local files or the hub's data; a group of subtasks (mmlu) is one
+task. lm-eval is imported in the functions that need it, so names are checked within milliseconds.
 
 lm-eval builds the prompts, filters the answers and applies the metrics (`simple_evaluate`), one task at a
 time: a task's batches, and with them its numbers, do not depend on the tasks beside it. Means and standard
@@ -65,7 +65,7 @@ def task_config(name: str) -> dict[str, Any]:
 
 
 def task_defaults(name: str) -> dict[str, Any]:
-    """The settings a generated task is meant for: fields of SamplerConfig and EvalSettings, without test_size."""
+    """The settings a generated task is meant for: fields of SamplerConfig and EvalSettings."""
     return {key: value for key, value in task_config(name)["metadata"]["dllmq"].items() if key != "test_size"}
 
 
@@ -190,8 +190,8 @@ class EvalResult:
         per_problem: {metric: one value per problem, in the order of the problems}.
         samples: per problem doc_id, id, prompt, target, response, what the filters made of it, and metrics.
         counters: requests, forwards, generated_tokens, truncated (see harness.Counters) and seconds.
-        subtasks: {subtask: its scores}, of groups. A group's own score is the mean over all its problems, which is
-            lm-eval's mean of subtasks weighted by their sizes; its stderr is that of this mean.
+        subtasks: {subtask: its scores}, of groups. A group's own score is the mean over all its problems,
+            which is lm-eval's mean of subtasks weighted by their sizes; its stderr is that of this mean.
     """
 
     scores: dict[str, dict[str, dict[str, Number]]] = field(default_factory=dict)
@@ -306,8 +306,8 @@ def _hub_in_words(name: str, settings: EvalSettings, data_dir: Path | None) -> I
             raise
         own, first = benchmarks.benchmark(name), " ".join(str(error).split())[:200].rstrip(".")
         raise ValueError(
-            f"{task_data.layout(own, settings.num_fewshot)}; set tasks.data_dir to that <data_dir>, because the hub "
-            f"did not give the data set: {first}."
+            f"{task_data.layout(own, settings.num_fewshot)}; set tasks.data_dir to that <data_dir>, because "
+            f"the hub did not give the data set: {first}."
         ) from error
 
 
@@ -329,7 +329,7 @@ def _named(progress: Progress | None, name: str) -> Progress | None:
 def _read_samples(
     name: str, samples: Mapping[str, list[dict[str, Any]]], counters: dict[str, Number], grouped: bool = False
 ) -> EvalResult:
-    """lm-eval's samples {subtask: [one per problem and filter]} as one record per problem, numbered throughout."""
+    """lm-eval's samples {subtask: [one per problem and filter]} as one record per problem."""
     columns: dict[str, list[float]] = {}
     records: list[dict[str, Any]] = []
     subtasks: dict[str, dict[str, dict[str, Number]]] = {}
