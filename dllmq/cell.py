@@ -250,8 +250,7 @@ class Cell:
             calibration=report.states,
             notes={"method": report.notes, "backend": self.backend, "counters": result.counters}
             | {"baseline": self.fp_key, "settings": {k: asdict(v) for k, v in config.answers().items()}}
-            | ({"published": found_published} if (found_published := config.published()) else {})
-            | ({"subtasks": result.subtasks} if result.subtasks else {})
+            | {k: v for k, v in {"published": config.published(), "subtasks": result.subtasks}.items() if v}
             | ({"sandbox": sandbox.level()} if any(map(runs_code, config.tasks.names)) else {}),
             fidelity_per_prompt=found.per_prompt,
         )

@@ -348,7 +348,8 @@ def _explicit(cfg: DictConfig) -> frozenset[str]:
 
 # Keys of eval and tasks that are no fields of EvalSettings, or that no row has.
 _NOT_ANSWERS = (
-    "limit", "allow_code_execution", "fidelity_states", "fidelity_prompts", "names", "data_dir", "settings",
+    "limit", "batch_size", "allow_code_execution", "fidelity_states", "fidelity_prompts",
+    "names", "data_dir", "settings",
 )  # fmt: skip
 
 
@@ -400,8 +401,7 @@ def build(key: str, node: Mapping[str, Any]) -> Any:
         typed = OmegaConf.merge(OmegaConf.structured(cls), arguments)
     except OmegaConfBaseException as error:
         raise ValueError(f"{key}.{error.full_key}: {str(error).splitlines()[0]}.") from error
-    return cls(**{k: v for k, v in OmegaConf.to_container(typed).items() if k in arguments})  # type:
-    ignore[union - attr]
+    return cls(**{k: v for k, v in OmegaConf.to_container(typed).items() if k in arguments})  # type: ignore[union-attr]
 
 
 # ------------------------------------------------------------------ checks before weights are read

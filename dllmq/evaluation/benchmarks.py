@@ -247,7 +247,7 @@ def _existing(name: str, file: Path) -> Path:
 def _read(file: Path) -> dict[str, Any]:
     """A YAML with what it includes."""
 
-    class Loader(_Base): ...  # type: ignore[misc]
+    class Loader(_Base): ...
 
     def function(loader: Any, node: Any) -> Function:
         module, _, name = loader.construct_scalar(node).rpartition(".")

@@ -82,10 +82,8 @@ def take_function(prompt: str, response: str, entry_point: str) -> str:
     code: str = next(filter(head.search, blocks), next(iter(blocks), response))
     source = f"{_completed(prompt)}\n{code}" if head.search(code) else f"{prompt}{code}"
     lines = source.split("\n")
-    trees = (_parsed("\n".join(lines[:n])) for n in range(len(lines), 0, -1))
-    tree = next(filter(None, trees), None)
-    if tree is None:
-        return f"{source}\n"
+    trees = (_parsed("\n".join(lines[:n])) for n in range(len(lines), -1, -1))
+    tree = next(tree for tree in trees if tree is not None)
     tree.body = [node for node in tree.body if isinstance(node, _DEFINING)]
     return ast.unparse(tree) + "\n"
 

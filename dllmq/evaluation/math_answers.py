@@ -95,7 +95,7 @@ class _Reader:
             self.take(")" if token == "(" else "}")
             return result
         if token in ("\\frac", "\\dfrac", "\\tfrac", "frac"):
-            return _over(self.atom(), self.atom())
+            return _over(self.argument(), self.argument())
         if token == "\\sqrt":
             return self.root()
         if token == "\\pi":
@@ -103,6 +103,13 @@ class _Reader:
         if len(token) == 1 and token.isalpha() and token.isascii():
             return self.point * (1 + ord(token) / 97)
         raise ValueError(f"{token} is not arithmetic")
+
+    def argument(self) -> Value:
+        """An argument of \\frac: without braces it is one digit."""
+        token = self.peek()
+        if token.isdigit():
+            self.tokens[self.at : self.at + 1] = [token[0], *filter(None, [token[1:]])]
+        return self.atom()
 
     def root(self) -> Value:
         index: Value = Fraction(2)
@@ -118,15 +125,15 @@ def _exact(a: Value, b: Value) -> bool:
 
 
 def _add(a: Value, sign: int, b: Value) -> Value:
-    return a + sign * b if _exact(a, b) else complex(a) + sign * complex(b)  # type: ignore[operator]
+    return a + sign * b if _exact(a, b) else complex(a) + sign * complex(b)
 
 
 def _times(a: Value, b: Value) -> Value:
-    return a * b if _exact(a, b) else complex(a) * complex(b)  # type: ignore[operator]
+    return a * b if _exact(a, b) else complex(a) * complex(b)
 
 
 def _over(a: Value, b: Value) -> Value:
-    return a / b if _exact(a, b) else complex(a) / complex(b)  # type: ignore[operator]
+    return a / b if _exact(a, b) else complex(a) / complex(b)
 
 
 def _raised(base: Value, exponent: Value) -> Value:
