@@ -30,7 +30,6 @@ from dllmq.config import Plan, RunConfig, build, fingerprint
 from dllmq.evaluation import sandbox
 from dllmq.evaluation.divergence import measure_divergence
 from dllmq.evaluation.fidelity import Fidelity, FidelityReference, measure
-from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.tasks import EvalResult, evaluate, runs_code
 from dllmq.full_precision import HELD_OUT_SEED, Baseline, ForwardCounter, FullPrecision
 from dllmq.methods import FP
@@ -266,8 +265,9 @@ class Cell:
         config = self.config
         with self.stages("evaluate"):
             result = evaluate(
-                model, tokenizer, config.tasks.names, eval_settings(config, self.plan), config.eval.limit,
+                model, tokenizer, config.tasks.names, config.answers(), config.eval.limit,
                 config.eval.allow_code_execution, self.sweep / ".shared" / "tasks", self.progress,
+                config.data_dir,
             )  # fmt: skip
         found = Fidelity({}, {})
         if reference is not None:
@@ -295,7 +295,8 @@ class Cell:
             per_problem=result.per_problem,
             calibration=report.states,
             notes={"method": report.notes, "backend": self.backend, "counters": result.counters}
-            | {"baseline": self.fp_key}
+            | {"baseline": self.fp_key, "settings": {k: asdict(v) for k, v in config.answers().items()}}
+            | {k: v for k, v in {"published": config.published(), "subtasks": result.subtasks}.items() if v}
             | ({"sandbox": sandbox.level()} if any(map(runs_code, config.tasks.names)) else {}),
             fidelity_per_prompt=found.per_prompt,
         )
@@ -329,19 +330,6 @@ def _write_samples(samples: dict[str, list[dict[str, Any]]], folder: Path) -> No
     for task, rows in samples.items():
         lines = "".join(json.dumps(row, default=str) + "\n" for row in rows)
         write_text_atomic(folder / f"samples_{task}.jsonl", lines)
-
-
-def eval_settings(config: RunConfig, plan: Plan) -> EvalSettings:
-    """How the tasks are answered."""
-    return EvalSettings(
-        sampler=plan.recipe.sampler,
-        batch_size=config.eval.batch_size,
-        eos_cut=config.eval.eos_cut,
-        mc_num=config.mc_num(),
-        mc_batch_size=config.eval.mc_batch_size,
-        chat_template=config.model.chat_template,
-        add_bos=config.model.add_bos,
-    )
 
 
 def _reference_config(config: RunConfig) -> RunConfig:

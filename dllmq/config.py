@@ -13,8 +13,9 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache, partial
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from dllmq.calibration.states import CleanText, RandomMask, StateSampler, Unifor
 from dllmq.calibration.values import MinMax, ValueScale
 from dllmq.checkpoint.formats import EXPORTS, layout_of
 from dllmq.diffusion import SamplerConfig, check_sampler
+from dllmq.evaluation import benchmarks, task_data
+from dllmq.evaluation.settings import EvalSettings
+from dllmq.evaluation.task_settings import apply_row, find, published
 from dllmq.kernels import cpu_int8
 from dllmq.methods import FP
 from dllmq.models.linear import BACKENDS
@@ -103,6 +107,10 @@ class SamplerFields:
 @dataclass
 class TaskFields:
     names: list[str] = field(default_factory=list)
+    data_dir: str | None = None
+    settings: str = "default"
+    num_fewshot: int | None = None
+    chat_template: bool | None = None
 
 
 @dataclass
@@ -155,6 +163,8 @@ class RunConfig:
     cache_dir: str | None = "outputs/.cache"
     name: str | None = None
     dry_run: bool = False
+    # fields of SamplerConfig and EvalSettings that the user set: tasks.settings leaves them alone
+    explicit: frozenset[str] = field(default=frozenset(), metadata={"omegaconf_ignore": True})
 
     @property
     def embedded(self) -> bool:
@@ -187,6 +197,38 @@ class RunConfig:
 
     def sampler_config(self) -> SamplerConfig:
         return SamplerConfig(**vars(self.sampler))
+
+    @property
+    def data_dir(self) -> Path | None:
+        """Local files of published tasks."""
+        return None if self.tasks.data_dir is None else Path(self.tasks.data_dir).expanduser()
+
+    def answers(self) -> dict[str, EvalSettings]:
+        """How each task is answered: the run's own settings, under them those of `tasks.settings`.
+
+        Raises:
+            ValueError: no such row for the model and a task, or settings that do not go together.
+        """
+        own = self.tasks
+        base = EvalSettings(
+            sampler=self.sampler_config(),
+            batch_size=self.eval.batch_size,
+            eos_cut=self.eval.eos_cut,
+            mc_num=self.mc_num(),
+            mc_batch_size=self.eval.mc_batch_size,
+            chat_template=self.model.chat_template if own.chat_template is None else own.chat_template,
+            add_bos=self.model.add_bos,
+            num_fewshot=own.num_fewshot,
+        )
+        return {
+            name: apply_row(find(own.settings, self.model.name, name), base, self.explicit)
+            for name in own.names
+        }
+
+    def published(self) -> dict[str, list[dict[str, Any]]]:
+        """{task: full-precision scores published for the model, each with its settings and source}."""
+        found = {name: published(self.tasks.settings, self.model.name, name) for name in self.tasks.names}
+        return {name: rows for name, rows in found.items() if rows}
 
     def states(self) -> StateSampler:
         """TMAS, or what `calibration.states` names; both are checked."""
@@ -267,6 +309,10 @@ class RunConfig:
         method, plain = build("method", self.method), RunConfig()
         names = ("cgq_unmasked", "cgq_masked", "cgq_unmasked_confidence", "iaaq_alpha_min", "iaaq_alpha_step")
         own = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(plain, name)}
+        if self.tasks.settings != plain.tasks.settings:
+            own["settings"] = self.tasks.settings
+        if self.tasks.num_fewshot is not None:
+            own["num_fewshot"] = self.tasks.num_fewshot
         if self.calibration.shares != plain.calibration.shares:
             own["shares"] = " ".join(f"{share:g}" for share in self.calibration.shares)
         return own | {
@@ -302,7 +348,29 @@ def load(cfg: DictConfig) -> RunConfig:
         key, first = getattr(error, "full_key", None), str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"{key}: {first}." if key else f"{first}.") from error
     assert isinstance(config, RunConfig)
-    return config
+    return replace(config, explicit=_explicit(cfg))
+
+
+def _explicit(cfg: DictConfig) -> frozenset[str]:
+    """Fields of the answers' settings that are no defaults (these are interpolations, auto or null)."""
+    given: set[str] = set()
+    for group in ("sampler", "eval", "tasks"):
+        node = cfg.get(group) or {}
+        given |= {
+            str(key)
+            for key in node
+            if key not in _NOT_ANSWERS
+            and not OmegaConf.is_interpolation(node, key)
+            and node[key] not in (None, "auto")
+        }
+    return frozenset(given)
+
+
+# Keys of eval and tasks that are no fields of EvalSettings, or that no row has.
+_NOT_ANSWERS = (
+    "limit", "batch_size", "allow_code_execution", "fidelity_states", "fidelity_prompts",
+    "names", "data_dir", "settings",
+)  # fmt: skip
 
 
 def compose_plan(overrides: Sequence[str]) -> Plan:
@@ -329,7 +397,7 @@ def preset_of(hub_id: str) -> str | None:
 
 
 def _refuse_unknown(node: DictConfig, schema: Any, prefix: str) -> None:
-    known = {f.name: f for f in fields(schema)}
+    known = {f.name: f for f in fields(schema) if not f.metadata.get("omegaconf_ignore")}
     for key in node:
         if key not in known:
             raise ValueError(f"there is no key {prefix}{key!s}.{did_you_mean(str(key), known)}")
@@ -398,8 +466,7 @@ def check_cell(cfg: DictConfig) -> Plan:
     Raises:
         ValueError: one sentence.
     """
-    from dllmq.evaluation.settings import EvalSettings
-    from dllmq.evaluation.tasks import check_code_execution, check_tasks
+    from dllmq.evaluation.tasks import check_code_execution, check_task_data, check_tasks
     from dllmq.models.loading import (
         check_tensors,
         checkpoint_folder,
@@ -417,15 +484,10 @@ def check_cell(cfg: DictConfig) -> Plan:
     if config.export is not None:
         choose("export", config.export, {"null": None} | EXPORTS)
     build("tracker", config.tracker)
-    EvalSettings(
-        recipe.sampler,
-        config.eval.batch_size,
-        config.eval.eos_cut,
-        config.mc_num(),
-        config.eval.mc_batch_size,
-    )
     check_tasks(config.tasks.names)
+    answers = config.answers()
     check_code_execution(config.tasks.names, config.eval.allow_code_execution)
+    check_task_data(config.tasks.names, answers, config.data_dir)
     choose("model.dtype", config.model.dtype, dict.fromkeys(DTYPES))
     choose("backend", config.backend, dict.fromkeys(BACKENDS))
     choose("memory", config.memory, dict.fromkeys(MEMORY))
@@ -441,6 +503,8 @@ def check_cell(cfg: DictConfig) -> Plan:
     model = skeleton(*read_config(folder))
     check_tensors(weight_files(folder), {name: p.shape for name, p in model.state_dict().items()})
     check_sampler(model.config, recipe.sampler)
+    for answer in answers.values():
+        check_sampler(model.config, answer.sampler)
     check_group_sizes(model, recipe)
     _check_backend(config, recipe, device, model)
     _check_export(config, recipe, model)
@@ -570,9 +634,24 @@ READ = (".json", ".safetensors", ".jinja", ".txt", ".model")
 def fingerprint(config: RunConfig, device: str) -> str:
     """sha256 over all that affects the numbers: config, weights, tokenizer, data, code, device, threads."""
     values = {k: v for k, v in config.plain().items() if k not in _NEUTRAL}
+    values["tasks"] = {k: v for k, v in values["tasks"].items() if k != "data_dir"}  # what is in it counts
     data = file_digest(Path(config.calibration.data)) if config.calibration.data else None
-    parts = identity(config, device) | {"config": values, "data": data}
+    parts = identity(config, device) | {"config": values, "data": data, "tasks": _tasks_identity(config)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _tasks_identity(config: RunConfig) -> dict[str, Any]:
+    """What scores depend on beside the model: lm-eval, each task's settings and its local files."""
+    answers = config.answers()
+    return {
+        "lm-eval": version("lm-eval"),
+        "settings": {name: asdict(answer) for name, answer in answers.items()},
+        "data": {
+            name: task_data.digests(name, answers[name].num_fewshot, config.data_dir)
+            for name in config.tasks.names
+            if name in benchmarks.names()
+        },
+    }
 
 
 def identity(config: RunConfig, device: str) -> dict[str, Any]:
@@ -654,4 +733,5 @@ def cell_name(override_dirname: str | None) -> str:
     return slug(",".join(sorted(parts, key=lambda part: "." in part.partition("=")[0])))
 
 
+OmegaConf.register_new_resolver("default", lambda value: value, replace=True)
 OmegaConf.register_new_resolver("cell_name", cell_name, replace=True)

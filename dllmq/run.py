@@ -7,6 +7,7 @@ import shlex
 import sys
 import traceback
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import hydra
@@ -18,6 +19,9 @@ from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
 from dllmq.config import Plan, cell_name, check_cell, load, sweep_folder
+from dllmq.diffusion import SamplerConfig
+from dllmq.evaluation.settings import EvalSettings
+from dllmq.evaluation.task_settings import DEFAULT
 from dllmq.report.callback import complain, finish_sweep
 
 console = Console()
@@ -113,9 +117,29 @@ def describe(plan: Plan, name: str) -> str:
         f"{config.calibration.num_prompts} prompts",
         f"  token weight {recipe.token_weight if config.cgq else 'every token alike'}",
         f"  tasks        {', '.join(config.tasks.names)}, {config.eval.limit or 'all'} problems each",
+        *(line for name, answer in config.answers().items() for line in describe_answers(plan, name, answer)),
         *(f"  no effect    {line}" for line in recipe.inert()),
     ]
     return "\n".join(lines)
+
+
+def describe_answers(plan: Plan, name: str, answer: EvalSettings) -> list[str]:
+    """How a task is answered where that is not the run's sampler alone, and what was published for it."""
+    config = plan.config
+    lines = []
+    if config.tasks.settings != DEFAULT:
+        values = asdict(answer.sampler) | {k: v for k, v in asdict(answer).items() if k != "sampler"}
+        plain = asdict(EvalSettings()) | asdict(SamplerConfig())
+        always = ("gen_length", "steps", "block_length")
+        told = {k: v for k, v in values.items() if k in always or v != plain[k]}
+        lines.append(
+            f"  {name}: settings {config.tasks.settings}, {', '.join(f'{k}={v}' for k, v in told.items())}"
+        )
+    for row in config.published().get(name, []):
+        differs = f"; {row['differs']}" if row["differs"] else ""
+        of = f"{row['metric']}, n={row['n']}, settings {row['preset']}{differs}"
+        lines.append(f"  {name}: published {row['score']} ({of})")
+    return lines
 
 
 def arguments(argv: list[str]) -> list[str]:

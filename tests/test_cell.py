@@ -14,7 +14,7 @@ from tiny_llada import tiny_model
 
 import dllmq.cell
 from dllmq.cache import Cache
-from dllmq.cell import Cell, Stages, _difference, _reference_config, eval_settings
+from dllmq.cell import Cell, Stages, _difference, _reference_config
 from dllmq.config import Plan, RunConfig, check_cell, load
 from dllmq.evaluation.tasks import EvalResult
 from dllmq.full_precision import FullPrecision
@@ -90,7 +90,7 @@ def test_the_reference_drops_quantization_and_keeps_the_measurement() -> None:
 
 def test_settings_of_the_evaluation_are_the_configs() -> None:
     made = plan("sampler.steps=24", "eval.batch_size=5", "eval.eos_cut=none", "model.chat_template=true")
-    settings = eval_settings(made.config, made)
+    settings = made.config.answers()["mini_gsm"]
     assert settings.sampler == made.recipe.sampler and settings.sampler.steps == 24
     assert (settings.batch_size, settings.eos_cut, settings.chat_template) == (5, "none", True)
     assert (settings.mc_num, settings.mc_batch_size) == (8, 8)

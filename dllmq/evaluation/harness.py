@@ -208,6 +208,7 @@ class DiffusionLM(LM):
     def _finish(self, tokens: list[int], request: Instance) -> str:
         until = request.args[1].get("until") or []
         stops = [until] if isinstance(until, str) else until
+        stops = stops if self.settings.until == "task" else []
         answer = cut_answer(tokens, stops, self.eos_ids, self.settings.eos_cut, self.tokenizer)
         self.counters.requests += 1
         self.counters.generated_tokens += answer.num_tokens

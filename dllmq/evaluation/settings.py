@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 
 from dllmq.diffusion import SamplerConfig
+from dllmq.evaluation.code_scoring import POSTPROCESS
 
 EOS_CUTS = ("first", "none")
+UNTILS = ("task", "none")
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,14 @@ class EvalSettings:
         seed: of the sampler's noise and of the likelihood's masks.
         max_length: tokens a canvas may have; None: the model's max_sequence_length.
         chat_template: wrap prompts in the tokenizer's chat template.
+        num_fewshot: examples in a prompt; None: the task's own number.
+        fewshot_as_multiturn: with a chat template, each example is a turn of its own; False: one message
+            holds the whole prompt.
+        until: task (an answer is cut at the task's stop strings) | none.
         add_bos: prompts that are generated from, and contexts of likelihoods, start with the tokenizer's BOS;
             not with a chat template, which brings its own.
+        postprocess: of programs: none (the response as it is) | take_function (see
+            code_scoring.take_function).
     """
 
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -37,7 +45,11 @@ class EvalSettings:
     seed: int = 0
     max_length: int | None = None
     chat_template: bool = False
+    num_fewshot: int | None = None
+    fewshot_as_multiturn: bool = True
+    until: str = "task"
     add_bos: bool = False
+    postprocess: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "mc_num", "mc_batch_size", "rows_per_forward"):
@@ -50,6 +62,15 @@ class EvalSettings:
             )
         if self.eos_cut not in EOS_CUTS:
             raise ValueError(f"Unknown eos_cut={self.eos_cut}: use {' or '.join(EOS_CUTS)}.")
+        if self.until not in UNTILS:
+            raise ValueError(f"Unknown until={self.until}: use {' or '.join(UNTILS)}.")
+        if self.postprocess not in POSTPROCESS:
+            raise ValueError(f"Unknown postprocess={self.postprocess}: use {' or '.join(POSTPROCESS)}.")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ValueError(
+                f"num_fewshot must be an integer >= 0, or None for the task's own number; got "
+                f"{self.num_fewshot}."
+            )
         if self.max_length is not None and self.max_length <= self.sampler.gen_length:
             raise ValueError(
                 f"max_length={self.max_length} leaves no room for a prompt: gen_length is "

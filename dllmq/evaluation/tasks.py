@@ -1,8 +1,9 @@
 """Tasks: which there are, what can be refused before weights are read, and evaluate().
 
-A task is one lm-eval YAML in task_configs/. Its `metadata.dllmq` holds test_size (how many problems there are
-without a limit) and the settings the task is meant for. lm-eval is imported in the functions that need it, so
-names are checked within milliseconds.
+A generated task is one lm-eval YAML in task_configs/. Its `metadata.dllmq` holds test_size (how many problems
+there are without a limit) and the settings the task is meant for. A published task is a row of
+benchmarks.yaml: lm-eval's own definition on local files or the hub's data; a group of subtasks (mmlu) is one
+task. lm-eval is imported in the functions that need it, so names are checked within milliseconds.
 
 lm-eval builds the prompts, filters the answers and applies the metrics (`simple_evaluate`), one task at a
 time: a task's batches, and with them its numbers, do not depend on the tasks beside it. Means and standard
@@ -23,6 +24,8 @@ from typing import Any
 
 import yaml
 
+from dllmq.evaluation import benchmarks, task_data
+from dllmq.evaluation.code_scoring import POSTPROCESS
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.statistics import mean_stderr
 from dllmq.mini.tasks import problems, write_jsonl
@@ -40,19 +43,29 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("!function", lambda loader, node: resolve_name(loader.construct_scalar(node)))
 
 
-def known_tasks() -> tuple[str, ...]:
-    """Names that evaluate() takes."""
+def generated_tasks() -> tuple[str, ...]:
+    """Names of the tasks whose problems this package generates."""
     return tuple(sorted(file.stem for file in FOLDER.glob("*.yaml")))
 
 
+def known_tasks() -> tuple[str, ...]:
+    """Names that evaluate() takes."""
+    return (*generated_tasks(), *benchmarks.names())
+
+
+def published(name: str) -> bool:
+    """Whether a known task is a published one, of benchmarks.yaml."""
+    return name in benchmarks.names()
+
+
 def task_config(name: str) -> dict[str, Any]:
-    """A task's YAML as lm-eval's inline task."""
+    """A generated task's YAML as lm-eval's inline task."""
     config: dict[str, Any] = yaml.load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), _Loader)
     return config
 
 
 def task_defaults(name: str) -> dict[str, Any]:
-    """The settings a task is meant for: fields of SamplerConfig and EvalSettings, without test_size."""
+    """The settings a generated task is meant for: fields of SamplerConfig and EvalSettings."""
     return {key: value for key, value in task_config(name)["metadata"]["dllmq"].items() if key != "test_size"}
 
 
@@ -76,6 +89,8 @@ def check_tasks(names: Sequence[str]) -> None:
 
 def runs_code(name: str) -> bool:
     """Whether scoring a task runs what the model wrote."""
+    if published(name):
+        return benchmarks.benchmark(name).runs_code
     return bool(task_config(name).get("unsafe_code", False))
 
 
@@ -93,11 +108,52 @@ def check_code_execution(names: Sequence[str], allowed: bool) -> None:
         )
 
 
-def build_task_configs(names: Sequence[str], n: int | None, data_dir: Path) -> list[dict[str, Any]]:
-    """lm-eval's inline tasks over local files, which are written where they are missing.
+def check_task_data(
+    names: Sequence[str], settings: Mapping[str, EvalSettings], data_dir: Path | None
+) -> None:
+    """Refuses examples that a task does not have, and data that cannot be read; see task_data.py.
 
     Args:
         names: known tasks.
+        settings: one per task.
+        data_dir: local files of published tasks; None: the hub's.
+
+    Raises:
+        ValueError: one sentence that says which file, what is wrong, and what to put there.
+    """
+    if data_dir is not None and not data_dir.is_dir():
+        raise ValueError(
+            f"tasks.data_dir={data_dir} is no folder; give the folder with the tasks' files, or null."
+        )
+    for name in names:
+        shots = settings[name].num_fewshot
+        if published(name):
+            task_data.check_data(name, shots, data_dir)
+        elif shots:
+            raise ValueError(f"{name} takes no examples; got tasks.num_fewshot={shots}: set it to null.")
+
+
+def build_benchmark(name: str, settings: EvalSettings, data_dir: Path | None) -> list[dict[str, Any]]:
+    """lm-eval's inline tasks of a published task, one per subtask.
+
+    Args:
+        settings: num_fewshot and postprocess are used.
+        data_dir: as in check_task_data.
+    """
+    own = benchmarks.benchmark(name)
+    configs = []
+    for subtask in own.subtasks:
+        shots = task_data.shots_of(subtask, settings.num_fewshot)
+        data = None if data_dir is None else task_data.dataset(own, subtask, shots, data_dir)
+        configs.append(benchmarks.build(subtask, own, shots, data, POSTPROCESS[settings.postprocess]))
+    return configs
+
+
+def build_task_configs(names: Sequence[str], n: int | None, data_dir: Path) -> list[dict[str, Any]]:
+    """lm-eval's inline tasks over generated problems, whose files are written where they are missing.
+
+    Args:
+        names: generated tasks.
         n: the first n test problems; None: the task's test_size.
         data_dir: gets <task>-test-<n>.jsonl and the cache of `datasets`. Several processes may share it.
     """
@@ -134,16 +190,19 @@ class EvalResult:
         per_problem: {metric: one value per problem, in the order of the problems}.
         samples: per problem doc_id, id, prompt, target, response, what the filters made of it, and metrics.
         counters: requests, forwards, generated_tokens, truncated (see harness.Counters) and seconds.
+        subtasks: {subtask: its scores}, of groups. A group's own score is the mean over all its problems,
+            which is lm-eval's mean of subtasks weighted by their sizes; its stderr is that of this mean.
     """
 
     scores: dict[str, dict[str, dict[str, Number]]] = field(default_factory=dict)
     per_problem: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     counters: dict[str, dict[str, Number]] = field(default_factory=dict)
+    subtasks: dict[str, dict[str, dict[str, dict[str, Number]]]] = field(default_factory=dict)
 
     def __or__(self, other: "EvalResult") -> "EvalResult":
         """Both results' tasks; `other` wins where both have one."""
-        names = ("scores", "per_problem", "samples", "counters")
+        names = ("scores", "per_problem", "samples", "counters", "subtasks")
         return EvalResult(**{name: getattr(self, name) | getattr(other, name) for name in names})
 
 
@@ -156,6 +215,7 @@ def evaluate(
     allow_code_execution: bool = False,
     work_dir: Path = Path("."),
     progress: Progress | None = None,
+    data_dir: Path | None = None,
 ) -> EvalResult:
     """Scores a model.
 
@@ -164,56 +224,100 @@ def evaluate(
         tokenizer: its tokenizer.
         tasks: known names.
         settings: for all tasks, or one per task.
-        limit: the first so many problems of each task; None: all.
+        limit: the first so many problems of each task, in a group of each subtask; None: all.
         allow_code_execution: the user's opt-in for tasks that run generated programs.
         work_dir: for the problems and the data sets' cache.
         progress: called with (done, total, "task: what").
+        data_dir: local files of published tasks (see task_data.py); None: the hub's data.
 
     Raises:
-        ValueError: unknown tasks, no opt-in, or a prompt that does not fit.
+        ValueError: unknown tasks, no opt-in, data that cannot be read, or a prompt that does not fit.
     """
     check_tasks(tasks)
     check_code_execution(tasks, allow_code_execution)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be an integer >= 1, or None (null) for all problems; got {limit}.")
+    each = {name: settings[name] if isinstance(settings, Mapping) else settings for name in tasks}
+    check_task_data(tasks, each, data_dir)
     from dllmq.evaluation.harness import DiffusionLM
 
     result = EvalResult()
-    for name in tasks:
-        own = settings[name] if isinstance(settings, Mapping) else settings
+    for name, own in each.items():
         lm = DiffusionLM(model, tokenizer, own, _named(progress, name))
-        result |= score_task(lm, name, limit, work_dir, own.chat_template)
+        result |= score_task(lm, name, limit, work_dir, own, data_dir)
     return result
 
 
-def score_task(lm: Any, name: str, n: int | None, work_dir: Path, chat_template: bool = False) -> EvalResult:
+def score_task(
+    lm: Any,
+    name: str,
+    n: int | None,
+    work_dir: Path,
+    settings: EvalSettings | None = None,
+    data_dir: Path | None = None,
+) -> EvalResult:
     """Scores any lm-eval `LM` on one task; a task that runs programs runs them.
 
     Args:
         lm: an instance; its `counters` are recorded if it has them.
-        name, n, work_dir: as in build_task_configs.
-        chat_template: apply lm's chat template to the prompts.
+        name, n, work_dir: as in evaluate.
+        settings: num_fewshot, chat_template, fewshot_as_multiturn and postprocess are used.
+        data_dir: as in evaluate.
     """
-    (config,) = build_task_configs([name], n, work_dir)
+    settings = settings or EvalSettings()
+    grouped = published(name) and benchmarks.benchmark(name).grouped
     with _quiet_lm_eval() as lm_eval:
+        if published(name):
+            configs = build_benchmark(name, settings, data_dir)
+        else:
+            configs = build_task_configs([name], n, work_dir)
         start = time.perf_counter()  # after the import, which the first task would be charged with
-        output = lm_eval.simple_evaluate(
-            model=lm,
-            tasks=[config],
-            task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
-            apply_chat_template=chat_template,
-            log_samples=True,
-            bootstrap_iters=0,
-            confirm_run_unsafe_code=True,  # check_code_execution has asked
-            random_seed=None,  # None: the caller's global generators stay as they are
-            numpy_random_seed=None,
-            torch_random_seed=None,
-        )
+        with _hub_in_words(name, settings, data_dir):
+            output = lm_eval.simple_evaluate(
+                model=lm,
+                tasks=configs,
+                task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
+                limit=n,
+                apply_chat_template=settings.chat_template,
+                fewshot_as_multiturn=settings.fewshot_as_multiturn,
+                log_samples=True,
+                bootstrap_iters=0,
+                confirm_run_unsafe_code=True,  # check_code_execution has asked
+                random_seed=None,  # None: the caller's global generators stay as they are
+                numpy_random_seed=None,
+                torch_random_seed=None,
+            )
     counters = asdict(lm.counters) if hasattr(lm, "counters") else {}
     counters["seconds"] = time.perf_counter() - start
-    result = _read_samples(name, output["samples"][name], counters)
+    result = _read_samples(
+        name, {c["task"]: output["samples"][c["task"]] for c in configs}, counters, grouped
+    )
     _log_scores(name, result)
     return result
+
+
+@contextmanager
+def _hub_in_words(name: str, settings: EvalSettings, data_dir: Path | None) -> Iterator[None]:
+    """A data set that the hub did not give, as one sentence with the way out."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not published(name) or data_dir is not None or not _from_hub(error):
+            raise
+        own, first = benchmarks.benchmark(name), " ".join(str(error).split())[:200].rstrip(".")
+        raise ValueError(
+            f"{task_data.layout(own, settings.num_fewshot)}; set tasks.data_dir to that <data_dir>, because "
+            f"the hub did not give the data set: {first}."
+        ) from error
+
+
+def _from_hub(error: BaseException) -> bool:
+    """Whether `datasets` or `huggingface_hub` raised it."""
+    modules, trace = set(), error.__traceback__
+    while trace is not None:
+        modules.add(str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0])
+        trace = trace.tb_next
+    return bool(modules & {"datasets", "huggingface_hub"})
 
 
 def _named(progress: Progress | None, name: str) -> Progress | None:
@@ -222,8 +326,32 @@ def _named(progress: Progress | None, name: str) -> Progress | None:
     return lambda done, total, what: progress(done, total, f"{name}: {what}")
 
 
-def _read_samples(name: str, samples: list[dict[str, Any]], counters: dict[str, Number]) -> EvalResult:
-    """lm-eval's samples, one per problem and filter, as one record per problem."""
+def _read_samples(
+    name: str, samples: Mapping[str, list[dict[str, Any]]], counters: dict[str, Number], grouped: bool = False
+) -> EvalResult:
+    """lm-eval's samples {subtask: [one per problem and filter]} as one record per problem."""
+    columns: dict[str, list[float]] = {}
+    records: list[dict[str, Any]] = []
+    subtasks: dict[str, dict[str, dict[str, Number]]] = {}
+    for subtask, rows in samples.items():
+        own, values = _read_subtask(rows)
+        for key, column in values.items():
+            columns.setdefault(key, []).extend(column)
+        if grouped:
+            subtasks[subtask] = {key: asdict(mean_stderr(column)) for key, column in values.items()}
+            own = [r | {"doc_id": len(records) + i, "subtask": subtask} for i, r in enumerate(own)]
+        records += own
+    return EvalResult(
+        scores={name: {key: asdict(mean_stderr(column)) for key, column in columns.items()}},
+        per_problem={name: columns},
+        samples={name: records},
+        counters={name: counters},
+        subtasks={name: subtasks} if grouped else {},
+    )
+
+
+def _read_subtask(samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
+    """Records and {metric: values}, in the order of the problems."""
     several = len({sample["filter"] for sample in samples}) > 1
     records: dict[int, dict[str, Any]] = {}
     values: dict[str, dict[int, float]] = {}
@@ -235,13 +363,8 @@ def _read_samples(name: str, samples: list[dict[str, Any]], counters: dict[str, 
             key = f"{metric},{sample['filter']}" if several else metric
             record[key] = float(sample[metric])
             values.setdefault(key, {})[sample["doc_id"]] = record[key]
-    per_problem = {key: [by_doc[i] for i in sorted(by_doc)] for key, by_doc in values.items()}
-    return EvalResult(
-        scores={name: {key: asdict(mean_stderr(column)) for key, column in per_problem.items()}},
-        per_problem={name: per_problem},
-        samples={name: [records[i] for i in sorted(records)]},
-        counters={name: counters},
-    )
+    columns = {key: [by_doc[i] for i in sorted(by_doc)] for key, by_doc in values.items()}
+    return [records[i] for i in sorted(records)], columns
 
 
 def _record(sample: dict[str, Any]) -> dict[str, Any]:
@@ -256,8 +379,11 @@ def _record(sample: dict[str, Any]) -> dict[str, Any]:
     if isinstance(sample["resps"][0][0], str):
         return record | {"response": sample["resps"][0][0], "filtered": {}}
     bounds = [float(responses[0][0]) for responses in sample["resps"]]
-    chosen = bounds.index(max(bounds))
-    return record | {"response": sample["arguments"][chosen][1], "log_likelihoods": bounds, "filtered": {}}
+    chosen = sample["arguments"][bounds.index(max(bounds))]
+    varied = (
+        len({arguments[1] for arguments in sample["arguments"]}) > 1
+    )  # winogrande varies the context instead
+    return record | {"response": chosen[varied], "log_likelihoods": bounds, "filtered": {}}
 
 
 def _log_scores(name: str, result: EvalResult) -> None:
