@@ -418,6 +418,36 @@ def test_without_files_and_network_the_error_says_what_to_put_where() -> None:
         check(None, "mmlu")
 
 
+def test_the_hub_is_asked_before_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name)
+    answers = {"openai/openai_humaneval": "", "openai/gsm8k": "no route"}
+
+    class Hub:
+        def dataset_info(self, repository: str, timeout: float) -> None:
+            if answers[repository]:
+                raise ConnectionError(answers[repository])
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    task_data._asked.cache_clear()
+    check(None, "humaneval")
+    with pytest.raises(
+        ValueError, match=r"openai/gsm8k cannot be read from the hub: ConnectionError, no route\.$"
+    ):
+        check(None)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    (tmp_path / "openai___gsm8k" / "main").mkdir(parents=True)
+    check(None)
+    task_data._asked.cache_clear()
+
+
+def test_a_data_set_that_the_hub_does_not_give_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^piqa needs validation\.jsonl .* the hub did not give the data set: "
+    ):
+        score_task(Recorder(blank), "piqa", 1, tmp_path)
+
+
 def test_complete_files_pass(tmp_path: Path) -> None:
     for name in sorted(SINGLE):
         check(write_task(tmp_path, name), name)
