@@ -349,6 +349,16 @@ def test_gpqas_right_answer_is_that_of_the_prompt(tmp_path: Path) -> None:
     assert result.per_problem["gpqa"]["acc"] == [1.0] * 9
 
 
+def test_a_missing_wrong_answer_of_gpqa_is_a_blank_choice(tmp_path: Path) -> None:
+    rows = [MAKE["gpqa"](i) | {"Incorrect Answer 2": None if i else "x"} for i in range(3)]
+    write_rows(tmp_path / "gpqa" / "train.jsonl", rows)
+    check(tmp_path, "gpqa")
+    prompts = [prompt for _, prompt, _ in asked_here("gpqa", 0, tmp_path)]
+    assert (
+        sum(")  \n" in prompt or prompt.count(")  ") > 0 for prompt in prompts) == 8
+    )  # 2 problems, 4 choices
+
+
 def test_the_limit_is_of_each_subtask(tmp_path: Path, two_of: Callable[[str], Benchmark]) -> None:
     two_of("mmlu")
     result = score_task(Recorder(blank), "mmlu", 2, tmp_path, EvalSettings(), write_task(tmp_path, "mmlu"))
