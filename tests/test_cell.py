@@ -80,7 +80,7 @@ def test_the_reference_drops_quantization_and_keeps_the_measurement() -> None:
     ).config  # fmt: skip
     reference, plain = _reference_config(config), RunConfig()
     assert isinstance(reference.recipe().method, FP) and reference.axes()["bits"] == "w16a16"
-    kept = ("model", "sampler", "tasks", "tracker", "device", "cache_dir")
+    kept = ("model", "sampler", "tasks", "tracker", "device", "cache_dir", "explicit")
     assert all(getattr(reference, name) == getattr(config, name) for name in kept)
     assert (reference.eval.limit, reference.eval.batch_size) == (7, 5)
     same = {f.name for f in fields(plain) if getattr(reference, f.name) == getattr(plain, f.name)}

@@ -1,6 +1,9 @@
 """Published tasks in a run's config: settings rows, local files, what the fingerprint holds."""
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,3 +149,29 @@ def test_the_fingerprint_holds_data_settings_and_lm_eval(
     assert key() != first and key("tasks.num_fewshot=0") == key("tasks.num_fewshot=0", where=moved)
     monkeypatch.setattr("dllmq.config.version", lambda name: "0.0")
     assert key(where=moved) != first
+
+
+@pytest.mark.slow
+def test_from_a_made_folder_and_local_files_to_scores(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("gsm8k", "humaneval", "mmlu"):
+        write_task(tmp_path / "data", name)
+    words = [
+        "model=llada_8b_base", f"model.path={checkpoint}", "tasks.names=[gsm8k,humaneval,mmlu]", "device=cpu",
+        "tasks.settings=llada_paper", f"tasks.data_dir={tmp_path / 'data'}", "eval.allow_code_execution=true",
+        "tasks.num_fewshot=0", "sampler.gen_length=16", "eval.limit=2", "tracker=none", "method=rtn",
+        "calibration.num_prompts=2", "calibration.num_states=2", "eval.fidelity_states=4",
+        "eval.fidelity_prompts=2", "sampler.block_length=16", "sampler.steps=4",
+        f"cache_dir={tmp_path / 'cache'}", f"hydra.run.dir={tmp_path / 'sweep' / 'run'}",
+    ]  # fmt: skip
+    subprocess.run([sys.executable, "-m", "dllmq.run", *words], check=True, cwd=CONF.parent)
+    record = json.loads((tmp_path / "sweep" / "run" / "results.json").read_text())
+    assert {name: len(next(iter(v.values()))) for name, v in record["per_problem"].items()} == {
+        "gsm8k": 2, "humaneval": 2, "mmlu": 114,
+    }  # fmt: skip
+    notes = record["notes"]
+    assert notes["published"]["gsm8k"][0]["score"] == 70.3 and len(notes["subtasks"]["mmlu"]) == 57
+    used = notes["settings"]["gsm8k"]
+    assert used["sampler"]["gen_length"] == 16 and used["eos_cut"] == "none" and used["num_fewshot"] == 0
+    assert notes["settings"]["mmlu"]["mc_num"] == 1
+    baseline = json.loads((tmp_path / "sweep" / "baseline.json").read_text())
+    assert baseline["notes"]["settings"] == notes["settings"]

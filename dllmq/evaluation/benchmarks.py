@@ -75,6 +75,7 @@ class Benchmark:
     allowed: Mapping[str, tuple[Any, ...]]
     lengths: Mapping[str, int]
     inside: Mapping[str, str]
+    nullable: tuple[str, ...]
     examples: int | None
     ours: str
 
@@ -105,6 +106,7 @@ def benchmark(name: str) -> Benchmark:
         allowed={key: tuple(values) for key, values in row.get("allowed", {}).items()},
         lengths=row.get("lengths", {}),
         inside=row.get("inside", {}),
+        nullable=tuple(row.get("nullable", ())),
         examples=row.get("examples") if row["splits"][1] == "" else None,
         ours=row.get("ours", ""),
     )

@@ -227,7 +227,7 @@ def _check_row(own: Benchmark, row: Mapping[str, Any], where: str) -> None:
             raise ValueError(
                 f"{where}: {head} is no object with {key}; the data set has {_listed(own.columns)}."
             )
-        if value is None or (key and value[key] is None):
+        if (value is None and head not in own.nullable) or (key and value[key] is None):
             raise ValueError(f"{where}: {column} is null; each line of {own.name} needs a value.")
     for column, allowed in own.allowed.items():
         if row[column] not in allowed or isinstance(row[column], bool):
@@ -248,7 +248,7 @@ def _check_row(own: Benchmark, row: Mapping[str, Any], where: str) -> None:
 
 def _check_types(first: Mapping[str, Any], row: Mapping[str, Any], path: Path, number: int) -> None:
     for head, value in first.items():
-        if head in row and type(row[head]) is not type(value):
+        if None not in (value, row.get(head)) and type(row[head]) is not type(value):
             raise ValueError(
                 f"{path}, line {number}: {head} is a {type(row[head]).__name__}, in the lines before a "
                 f"{type(value).__name__}; give a column one type."

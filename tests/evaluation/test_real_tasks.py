@@ -349,6 +349,16 @@ def test_gpqas_right_answer_is_that_of_the_prompt(tmp_path: Path) -> None:
     assert result.per_problem["gpqa"]["acc"] == [1.0] * 9
 
 
+def test_a_missing_wrong_answer_of_gpqa_is_a_blank_choice(tmp_path: Path) -> None:
+    rows = [MAKE["gpqa"](i) | {"Incorrect Answer 2": None if i else "x"} for i in range(3)]
+    write_rows(tmp_path / "gpqa" / "train.jsonl", rows)
+    check(tmp_path, "gpqa")
+    prompts = [prompt for _, prompt, _ in asked_here("gpqa", 0, tmp_path)]
+    assert (
+        sum(")  \n" in prompt or prompt.count(")  ") > 0 for prompt in prompts) == 8
+    )  # 2 problems, 4 choices
+
+
 def test_the_limit_is_of_each_subtask(tmp_path: Path, two_of: Callable[[str], Benchmark]) -> None:
     two_of("mmlu")
     result = score_task(Recorder(blank), "mmlu", 2, tmp_path, EvalSettings(), write_task(tmp_path, "mmlu"))
@@ -416,6 +426,36 @@ def test_without_files_and_network_the_error_says_what_to_put_where() -> None:
     )
     with pytest.raises(ValueError, match=expected):
         check(None, "mmlu")
+
+
+def test_the_hub_is_asked_before_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name)
+    answers = {"openai/openai_humaneval": "", "openai/gsm8k": "no route"}
+
+    class Hub:
+        def dataset_info(self, repository: str, timeout: float) -> None:
+            if answers[repository]:
+                raise ConnectionError(answers[repository])
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    task_data._asked.cache_clear()
+    check(None, "humaneval")
+    with pytest.raises(
+        ValueError, match=r"openai/gsm8k cannot be read from the hub: ConnectionError, no route\.$"
+    ):
+        check(None)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    (tmp_path / "openai___gsm8k" / "main").mkdir(parents=True)
+    check(None)
+    task_data._asked.cache_clear()
+
+
+def test_a_data_set_that_the_hub_does_not_give_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^piqa needs validation\.jsonl .* the hub did not give the data set: "
+    ):
+        score_task(Recorder(blank), "piqa", 1, tmp_path)
 
 
 def test_complete_files_pass(tmp_path: Path) -> None:
