@@ -56,13 +56,12 @@ def prepare(folder: Path) -> None:
 def as_run_here(command: str, folder: Path) -> list[str]:
     """The command's words, with this interpreter and small sizes where a run is not sized itself."""
     words = shlex.split(command.replace(CHECKPOINT, str(folder / "LLaDA-8B-Base")))
-    if words[0] == "lm_eval":
-        return [str(Path(sys.executable).with_name("lm_eval")), *words[1:]]
-    assert words[:2] == ["python", "-m"] and words[2] in {"dllmq.run", "dllmq.generate", "dllmq.report"}
-    sized = {
+    assert words[:2] == ["python", "-m"]
+    sized: list[str] = {
         "dllmq.run": SMALL,
         "dllmq.generate": [s for s in SMALL if s.startswith(("calibration", "sampler", "threads"))],
         "dllmq.report": [],
+        "dllmq.evaluation.plugin": [],
     }[words[2]]
     return [sys.executable, *words[1:], *(s for s in sized if s.partition("=")[0] not in command)]
 
