@@ -5,6 +5,7 @@ import logging
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,7 +197,7 @@ def test_the_tracker_is_closed_whatever_happens(tmp_path: Path, monkeypatch: pyt
 
 def baseline_of(made: Cell, cache: Path) -> RunRecord:
     """What the cell takes for full precision's record; nothing is loaded."""
-    shared = FullPrecision(made.plan, Cache(cache), None, None, None)
+    shared = FullPrecision(made.plan, Cache(cache), SimpleNamespace(blocks=[]), None, None)
     return made._baseline(shared)
 
 

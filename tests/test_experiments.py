@@ -89,9 +89,11 @@ def test_the_command_line_wins_over_a_preset(preset: str, checkpoint: Path) -> N
     "override", ["tmas=false", "cgq_unmasked=0.35", "method=awq", "bits=w3a4", "eval.limit=null"]
 )
 def test_one_value_on_the_command_line_replaces_the_presets(override: str) -> None:
-    (cell,) = listed("experiment=sensitivity", override)
+    sweep = listed("experiment=sensitivity", override)
     key, _, value = override.partition("=")
-    config = check_cell(composed(*cell)).config
-    found = {"method": config.axes()["method"], "eval.limit": config.eval.limit, "bits": config.bits}
-    got = found[key] if key in found else getattr(config, key)
-    assert str(got).lower() == {"null": "none"}.get(value, value)
+    for cell in sweep:
+        config = check_cell(composed(*cell)).config
+        found = {"method": config.axes()["method"], "eval.limit": config.eval.limit, "bits": config.bits}
+        got = found[key] if key in found else getattr(config, key)
+        assert str(got).lower() == {"null": "none"}.get(value, value)
+    assert len(sweep) == 3  # seeds
