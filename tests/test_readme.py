@@ -49,6 +49,7 @@ def test_every_command_is_covered_here() -> None:
         'python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e ".[dev]"',
         ".venv/bin/python -m dllmq.run -m method=awq,gptq tmas=true,false",
         "python -m dllmq.report outputs/bitwidth",
+        "python -m dllmq.generate --side-by-side method=rtn bits=w2a4",  # run by tests/test_docs.py
     ]
     assert len(RUNS) >= 8
 
