@@ -14,9 +14,10 @@ mapped file that is cut short kills the program that reads it.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,14 @@ def compact_block(model: Any, index: int) -> None:
             module.compact()
     if is_streamed(model):
         blocks.keep(index)
+    _give_back_freed_memory()
+
+
+def _give_back_freed_memory() -> None:
+    """Returns freed pages to the system. Codes that stay lie between temporaries that went, and glibc holds
+    the gaps: without this a block of 103 MB adds up to 115 MB instead of its 26 MB of codes."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def log_reading(model: Any, what: str, forwards: int | None) -> None:
