@@ -34,7 +34,8 @@ from dllmq.checkpoint.formats import EXPORTS, layout_of
 from dllmq.diffusion import SamplerConfig, check_sampler
 from dllmq.evaluation import benchmarks, task_data
 from dllmq.evaluation.settings import EvalSettings
-from dllmq.evaluation.task_settings import apply_row, find, published
+from dllmq.evaluation.task_settings import DEFAULT, apply_row, find, published
+from dllmq.evaluation.tasks import check_code_execution, check_task_data, check_tasks, runs_code
 from dllmq.kernels import cpu_int8
 from dllmq.methods import FP
 from dllmq.models.linear import BACKENDS
@@ -111,6 +112,7 @@ class TaskFields:
     settings: str = "default"
     num_fewshot: int | None = None
     chat_template: bool | None = None
+    add_bos: bool | None = None
 
 
 @dataclass
@@ -216,18 +218,38 @@ class RunConfig:
             eos_cut=self.eval.eos_cut,
             mc_num=self.mc_num(),
             mc_batch_size=self.eval.mc_batch_size,
-            chat_template=self.model.chat_template if own.chat_template is None else own.chat_template,
-            add_bos=self.model.add_bos,
+            chat_template=self.chat_template,
+            add_bos=self.add_bos,
             num_fewshot=own.num_fewshot,
         )
-        return {
-            name: apply_row(find(own.settings, self.model.name, name), base, self.explicit)
-            for name in own.names
-        }
+        return {name: self._answer(name, base) for name in own.names}
+
+    def _answer(self, name: str, base: EvalSettings) -> EvalSettings:
+        """One task's; without a row, programs in a chat are taken out of the text around them."""
+        row = find(self.tasks.settings, self.model.name, name)
+        if row is None and base.chat_template and runs_code(name):
+            whole = "none" if name == "humaneval" else base.until  # its stop strings would cut the program
+            base = replace(base, postprocess="take_function", until=whole)
+        return apply_row(row, base, self.explicit)
+
+    @property
+    def chat_template(self) -> bool:
+        """Of the prompts of tasks (unless a row of tasks.settings has its own), calibration and fidelity."""
+        own = self.tasks.chat_template
+        return self.model.chat_template if own is None else own
+
+    @property
+    def add_bos(self) -> bool:
+        """Likewise."""
+        return self.model.add_bos if self.tasks.add_bos is None else self.tasks.add_bos
 
     def published(self) -> dict[str, list[dict[str, Any]]]:
         """{task: full-precision scores published for the model, each with its settings and source}."""
-        found = {name: published(self.tasks.settings, self.model.name, name) for name in self.tasks.names}
+        base = replace(self, tasks=replace(self.tasks, settings=DEFAULT)).answers()
+        found = {
+            name: published(self.tasks.settings, self.model.name, name, base[name], self.explicit)
+            for name in self.tasks.names
+        }
         return {name: rows for name, rows in found.items() if rows}
 
     def states(self) -> StateSampler:
@@ -309,10 +331,9 @@ class RunConfig:
         method, plain = build("method", self.method), RunConfig()
         names = ("cgq_unmasked", "cgq_masked", "cgq_unmasked_confidence", "iaaq_alpha_min", "iaaq_alpha_step")
         own = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(plain, name)}
-        if self.tasks.settings != plain.tasks.settings:
-            own["settings"] = self.tasks.settings
-        if self.tasks.num_fewshot is not None:
-            own["num_fewshot"] = self.tasks.num_fewshot
+        for group, of_group in _AXES_OF.items():
+            mine, default = getattr(self, group), getattr(plain, group)
+            own |= {n: getattr(mine, n) for n in of_group if getattr(mine, n) != getattr(default, n)}
         if self.calibration.shares != plain.calibration.shares:
             own["shares"] = " ".join(f"{share:g}" for share in self.calibration.shares)
         return own | {
@@ -447,6 +468,14 @@ def build(key: str, node: Mapping[str, Any]) -> Any:
     return cls(**{k: v for k, v in OmegaConf.to_container(typed).items() if k in arguments})  # type: ignore[union-attr]
 
 
+# Settings of the answers that are axes where they are not at their default.
+_AXES_OF = {
+    "tasks": ("settings", "num_fewshot", "chat_template", "add_bos"),
+    "eval": ("eos_cut", "mc_num", "mc_batch_size", "limit"),
+    "sampler": tuple(f.name for f in fields(SamplerFields) if f.name not in ("gen_length", "steps")),
+}
+
+
 # ------------------------------------------------------------------ checks before weights are read
 
 
@@ -466,7 +495,6 @@ def check_cell(cfg: DictConfig) -> Plan:
     Raises:
         ValueError: one sentence.
     """
-    from dllmq.evaluation.tasks import check_code_execution, check_task_data, check_tasks
     from dllmq.models.loading import (
         check_tensors,
         checkpoint_folder,
@@ -664,7 +692,7 @@ def identity(config: RunConfig, device: str) -> dict[str, Any]:
     return {
         "weights": {p.name: file_digest(p) for p in sorted(folder.iterdir()) if p.suffix in READ},
         "dtype": config.dtype(),
-        "chat_template": config.model.chat_template,
+        "chat_template": config.chat_template,
         "code": code_digest(),
         "device": device,
         "threads": torch.get_num_threads(),

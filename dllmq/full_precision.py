@@ -96,7 +96,7 @@ class FullPrecision:
             texts = _generated_prompts("dev", other, HELD_OUT_SEED)
         else:
             texts = _generated_prompts("train", own, config.seed)
-        return encode_prompts(texts, self.tokenizer, config.model.chat_template, config.model.add_bos)
+        return encode_prompts(texts, self.tokenizer, config.chat_template, config.add_bos)
 
     def trajectories(self, prompts: list[Tensor]) -> list[Trajectory]:
         """Of the calibration prompts."""

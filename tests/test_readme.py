@@ -105,6 +105,11 @@ def run(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, extra: list
 def test_run_commands(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "/ckpts/LLaDA-8B-Base" in command:  # a checkpoint in the published format, made here
         command = command.replace("/ckpts/LLaDA-8B-Base", str(ROOT / "dllmq" / "mini" / "weights"))
+    if "data_dir=data" in command:  # GSM8K in its data set's columns
+        (tmp_path / "data" / "gsm8k").mkdir(parents=True)
+        lines = [f'{{"question": "What is {i} + 1?", "answer": "#### {i + 1}"}}\n' for i in range(6)]
+        for split in ("train", "test"):
+            (tmp_path / "data" / "gsm8k" / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     extra = [] if "dry_run=true" in command else SMALL
     extra = [o for o in extra if o.partition("=")[0] not in command]
     if "experiment=bitwidth" in command:  # with overrides beside it an experiment has a folder of its own

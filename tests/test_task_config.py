@@ -89,13 +89,50 @@ def test_axes_tell_settings_apart() -> None:
     assert (axes["settings"], axes["num_fewshot"]) == ("qdlm", 1)
 
 
+def test_axes_tell_answers_apart() -> None:
+    plain = load(composed("tasks=mini_gsm")).axes()
+    words = (
+        "eval.eos_cut=none",
+        "eval.mc_num=16",
+        "eval.limit=7",
+        "sampler.temperature=0.5",
+        "tasks.add_bos=true",
+    )
+    for word in (*words, "sampler.block_length=8", "tasks.chat_template=true"):
+        key = word.partition("=")[0].partition(".")[2]
+        assert key not in plain and load(composed("tasks=mini_gsm", word)).axes()[key] is not None
+
+
+def test_programs_are_taken_out_of_a_chat_without_a_row_too() -> None:
+    words = ("tasks.names=[humaneval,mbpp,gsm8k]", "eval.allow_code_execution=true")
+    chat = load(composed(*words, "model=llada_8b_instruct")).answers()
+    assert [(a.postprocess, a.until) for a in chat.values()] == [
+        ("take_function", "none"), ("take_function", "task"), ("none", "task")
+    ]  # fmt: skip
+    base = load(composed(*words, "model=llada_8b_base")).answers()
+    assert {(a.postprocess, a.until) for a in base.values()} == {("none", "task")}
+
+
+def test_layout_of_prompts() -> None:
+    """tasks.chat_template and tasks.add_bos win over the model's, for calibration prompts too."""
+    config = load(composed("model=dream_v0_7b_base", "tasks=gsm8k"))
+    assert (config.chat_template, config.add_bos) == (False, True)
+    words = ("tasks.settings=fast_dllm", "tasks.add_bos=false", "tasks.chat_template=true")
+    own = load(composed("model=dream_v0_7b_base", "tasks=gsm8k", *words))
+    assert (own.chat_template, own.add_bos) == (True, False)
+    assert (own.answers()["gsm8k"].chat_template, own.answers()["gsm8k"].add_bos) == (True, False)
+
+
 def test_the_plan_of_a_made_checkpoint_is_described(checkpoint: Path, data: Path) -> None:
     words = ["model=llada_8b_instruct", "tasks.names=[gsm8k,humaneval]", "tasks.settings=fast_dllm"]
     words += ["eval.allow_code_execution=true", "sampler.steps=128"]
     plan = check_cell(composed(*words, f"model.path={checkpoint}", f"tasks.data_dir={data}"))
     text = describe(plan, "x")
     assert "gsm8k: settings fast_dllm, gen_length=256, steps=128, block_length=32" in text
-    assert "gsm8k: published 79.3 (exact_match, filter not stated, n=1319, settings fast_dllm)" in text
+    assert (
+        "gsm8k: published 79.3 (exact_match, filter not stated, n=1319, settings fast_dllm; here steps=128)"
+        in text
+    )
     assert "humaneval: published 41.5" in text
 
 

@@ -129,6 +129,7 @@ class DiffusionLM(LM):
         self.settings, self.progress = settings or EvalSettings(), progress
         self._device = model.device
         self._warned = False
+        self._templated = self.settings.chat_template
         names = ("eos_token_id", "eot_token_id")
         self.eos_ids = [i for name in names if (i := getattr(model.config, name, None)) is not None]
 
@@ -146,7 +147,7 @@ class DiffusionLM(LM):
         Raises:
             ValueError: BOS is asked for, but the tokenizer has none.
         """
-        if not self.settings.add_bos or self.settings.chat_template:
+        if not self.settings.add_bos or self._templated:
             return []
         bos = getattr(self.tokenizer, "bos_token_id", None)
         if bos is None:
@@ -301,6 +302,7 @@ class DiffusionLM(LM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The messages as one text. Without a generation prompt the last message is left open."""
+        self._templated = True  # the template brings BOS
         text: str = self.tokenizer.apply_chat_template(
             chat_history,
             chat_template=self._template(True),

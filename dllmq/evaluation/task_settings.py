@@ -18,7 +18,10 @@ _TABLE = Path(__file__).with_name("task_settings.yaml")
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 DEFAULT = "default"
 _SAMPLER = tuple(f.name for f in fields(SamplerConfig))
-_OFF = {"temperature": 0.0, "cfg_scale": 0.0, "logits_eos_inf": False, "confidence_eos_eot_inf": False}
+_OFF: dict[str, Any] = {
+    **{"temperature": 0.0, "cfg_scale": 0.0, "logits_eos_inf": False, "confidence_eos_eot_inf": False},
+    **{"alg_temp": None, "top_p": None, "top_k": None, "eps": SamplerConfig.eps},
+}
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,29 @@ def find(preset: str, model: str, task: str) -> Row | None:
     )
 
 
-def published(preset: str, model: str, task: str) -> list[dict[str, Any]]:
-    """What was published for the model and task: under the preset, or under all of them for default."""
+def published(
+    preset: str, model: str, task: str, base: EvalSettings, explicit: frozenset[str] = frozenset()
+) -> list[dict[str, Any]]:
+    """What was published for the model and task: under the preset, or under all of them for default.
+
+    Under a preset, `differs` also names the fields in which the user's settings (`explicit`) leave the row.
+    """
     found = [row for row in rows() if (row.model, row.task) == (model, task)]
-    return [row.published() for row in found if preset in (DEFAULT, row.preset)]
+    out = []
+    for row in found:
+        if preset == row.preset:
+            left = _left(apply_row(row, base), apply_row(row, base, explicit))
+            out.append(row.published() | {"differs": "; ".join(filter(None, (row.differs, left)))})
+        elif preset == DEFAULT:
+            out.append(row.published())
+    return out
+
+
+def _left(row: EvalSettings, own: EvalSettings) -> str:
+    """The fields in which a run's settings are not the row's, with the run's values."""
+    theirs, ours = (asdict(x) | asdict(x.sampler) for x in (row, own))
+    changed = [f"{k}={v}" for k, v in ours.items() if k != "sampler" and theirs[k] != v]
+    return f"here {', '.join(changed)}" if changed else ""
 
 
 def apply_row(row: Row | None, base: EvalSettings, explicit: frozenset[str] = frozenset()) -> EvalSettings:

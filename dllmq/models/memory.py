@@ -5,7 +5,8 @@
     stream    blocks are read from the checkpoint one at a time; quantized ones are kept compact
 
 All three give the same numbers bit for bit. `auto` takes the first that fits in 80 % of what is free: whole
-needs the weights at the model's dtype and a byte a parameter for the codes, compact the weights.
+needs the weights at the model's dtype and a byte a parameter for the codes (on the CPU another one for the
+operand of the integer product), compact the weights.
 """
 
 from __future__ import annotations
@@ -48,20 +49,27 @@ class MemoryPlan:
 
 
 def plan_memory(
-    memory: str, parameters: int, dtype: torch.dtype, device: str, free: int | None = None
+    memory: str,
+    parameters: int,
+    dtype: torch.dtype,
+    device: str,
+    free: int | None = None,
+    backend: str = "auto",
 ) -> MemoryPlan:
     """What to hold: `memory` is auto, whole or stream, a choice of MEMORY.
 
     Args:
         parameters: of the checkpoint; dtype: of the loaded weights.
         free: bytes that are free on the device; measured when None.
+        backend: of quantized linears.
     """
     free = free_memory(device) if free is None else free
     weights = parameters * dtype.itemsize
     if memory != "auto" or free is None:
         return MemoryPlan("stream" if memory == "stream" else "whole", weights, free)
     room = SHARE * free
-    mode = "whole" if weights + parameters <= room else "compact" if weights <= room else "stream"
+    codes = parameters * (2 if device == "cpu" and backend != "fake" else 1)
+    mode = "whole" if weights + codes <= room else "compact" if weights <= room else "stream"
     return MemoryPlan(mode, weights, free)
 
 

@@ -399,6 +399,9 @@ def test_bos_and_uncut_answers(embedded, tmp_path: Path) -> None:
     lm.tokenizer.bos_token = None
     with pytest.raises(ValueError, match="the tokenizer has no BOS token"):
         lm.encode_pair("1 + 1 =", " 2")
+    lm.tokenizer.chat_template = "<|endoftext|>{% for m in messages %}{{ m.content }}{% endfor %}"
+    lm.apply_chat_template([{"role": "user", "content": "1 + 1 ="}])
+    assert lm.encode_pair("1 + 1 =", " 2") == plain  # the template brings BOS
     request = Instance("generate_until", {}, ("x", {"until": ["b"]}), 0)
     tokens = tokenizer("a b c", add_special_tokens=False)["input_ids"]
     for until, text in (("task", "a "), ("none", "a b c")):

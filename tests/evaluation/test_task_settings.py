@@ -118,9 +118,9 @@ def test_missing_rows_are_refused_with_those_there_are() -> None:
 
 
 def test_published_scores() -> None:
-    (one,) = published("qdlm", "llada_8b_base", "gsm8k")
+    (one,) = published("qdlm", "llada_8b_base", "gsm8k", LLADA)
     assert (one["score"], one["n"], one["mark"], one["preset"]) == (69.7, 1319, "V", "qdlm")
-    every = {row["preset"]: row["score"] for row in published("default", "llada_8b_base", "gsm8k")}
+    every = {row["preset"]: row["score"] for row in published("default", "llada_8b_base", "gsm8k", LLADA)}
     assert every == {
         "llada_paper": 70.3,
         "llada_512": 70.8,
@@ -128,4 +128,21 @@ def test_published_scores() -> None:
         "opencompass": 71.9,
         "qdlm": 69.7,
     }
-    assert published("default", "mini", "mini_gsm") == []
+    assert published("default", "mini", "mini_gsm", LLADA) == []
+
+
+def test_what_leaves_a_row_is_told_beside_its_score() -> None:
+    """256 / 256 / 8 was published; a run of 64 tokens is not that."""
+    own = EvalSettings(SamplerConfig(64, 64, 8))
+    (row,) = published("llada_semi_ar", "llada_8b_instruct", "gsm8k", own, frozenset({"gen_length"}))
+    assert row["score"] == 78.6 and row["differs"].endswith("here gen_length=64, steps=64")
+    (row,) = published("llada_semi_ar", "llada_8b_instruct", "gsm8k", own)
+    assert "here" not in row["differs"]
+
+
+def test_a_presets_own_sampling_does_not_leak_into_a_row() -> None:
+    """Fast-dLLM's Dream runs have no top_p, which Dream's preset has."""
+    preset = SamplerConfig(256, 256, 256, 0.2, remasking="entropy", top_p=0.95, alg_temp=0.1)
+    base = EvalSettings(preset)
+    sampler = apply_row(find("fast_dllm", "dream_v0_7b_base", "gsm8k"), base).sampler
+    assert (sampler.temperature, sampler.top_p, sampler.top_k, sampler.alg_temp) == (0.0, None, None, None)

@@ -16,8 +16,8 @@ BF16 = torch.bfloat16
     ("free", "mode"),
     [
         (100, "whole"),
-        (30, "whole"),  # 8 G parameters: 16 GB, and 8 GB of codes, are 80 % of it
-        (29, "compact"),
+        (40, "whole"),  # 8 G parameters: 16 GB, 8 GB of codes and 8 GB of operands are 80 % of it
+        (39, "compact"),
         (20, "compact"),
         (19, "stream"),
         (1, "stream"),
@@ -32,6 +32,13 @@ def test_auto_takes_the_first_that_fits(free: int, mode: str) -> None:
 def test_the_dtype_counts() -> None:
     assert plan_memory("auto", 8 * GB, torch.float32, "cpu", 45 * GB).mode == "compact"
     assert plan_memory("auto", 8 * GB, BF16, "cpu", 45 * GB).mode == "whole"
+
+
+def test_the_backend_counts() -> None:
+    """Only the integer product on the CPU keeps an operand beside the codes."""
+    assert plan_memory("auto", 8 * GB, BF16, "cpu", 30 * GB, "fake").mode == "whole"
+    assert plan_memory("auto", 8 * GB, BF16, "cuda", 30 * GB).mode == "whole"
+    assert plan_memory("auto", 8 * GB, BF16, "cpu", 30 * GB, "packed").mode == "compact"
 
 
 @pytest.mark.parametrize(("asked", "free"), [("whole", 1), ("stream", 10**6)])
