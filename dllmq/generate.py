@@ -7,7 +7,8 @@
     python -m dllmq.generate "..." --model <folder> model=dream_v0_7b_base   a folder, a preset's settings
 
 Naming a switch of quantization (method=, bits=, tmas= ...) quantizes on the fly, with dllmq.run's defaults
-and from its cache. A folder that is quantized already (dllmq.run's export=) runs as it is stored. In a pipe there is no animation: the final texts, and with --trace a line per step.
+and from its cache. A folder that is quantized already (dllmq.run's export=) runs as it is stored. In a pipe
+there is no animation: the final texts, and with --trace a line per step.
 """
 
 from __future__ import annotations

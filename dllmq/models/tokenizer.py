@@ -34,8 +34,8 @@ def load_tokenizer(folder: str | Path) -> Any:
 def _read(folder: Path) -> Any:
     """By transformers' own classes.
 
-    tokenizer.json needs no other class and no config.json. Dream-org's folders have vocab.json, merges.txt and
-    the class DreamTokenizer in tokenization_dream.py, a copy of Qwen2's slow tokenizer under another name.
+    tokenizer.json needs no other class and no config.json. Dream-org's folders have vocab.json, merges.txt
+    and the class DreamTokenizer in tokenization_dream.py, which is Qwen2's slow tokenizer by another name.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -54,7 +54,7 @@ def _read(folder: Path) -> Any:
 
 
 def _check_added(tokenizer: Any, added: dict[str, dict[str, Any]]) -> None:
-    """Whether added tokens have the ids declared for them; the library numbers them on from vocab.json's end."""
+    """Whether added tokens have their declared ids; the library numbers them on from vocab.json's end."""
     for declared, token in added.items():
         found = tokenizer.convert_tokens_to_ids(token["content"])
         if found != int(declared):
