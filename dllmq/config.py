@@ -394,8 +394,11 @@ _NOT_ANSWERS = (
 )  # fmt: skip
 
 
-def compose_plan(overrides: Sequence[str]) -> Plan:
+def compose_plan(overrides: Sequence[str], stored: bool = False) -> Plan:
     """The checked plan of a run with these overrides, for entry points that Hydra does not start.
+
+    Args:
+        stored: a quantized folder is taken too, as in `check_cell`.
 
     Raises:
         ValueError: one sentence, whether Hydra refuses an override or check_cell the run.
@@ -406,7 +409,7 @@ def compose_plan(overrides: Sequence[str]) -> Plan:
         except (HydraException, OmegaConfBaseException) as error:
             text = " ".join(str(error).partition("Config search path:")[0].split())
             raise ValueError(text) from error
-    return check_cell(cfg)
+    return check_cell(cfg, stored)
 
 
 def preset_of(hub_id: str) -> str | None:
@@ -489,21 +492,16 @@ class Plan:
     parameters: int
 
 
-def check_cell(cfg: DictConfig) -> Plan:
+def check_cell(cfg: DictConfig, stored: bool = False) -> Plan:
     """Everything that can be wrong with a run, found without reading weights.
+
+    Args:
+        stored: a quantized folder is taken too, to be run as it is; else it is refused.
 
     Raises:
         ValueError: one sentence.
     """
-    from dllmq.models.loading import (
-        check_tensors,
-        checkpoint_folder,
-        is_hub_id,
-        read_config,
-        skeleton,
-        weight_files,
-    )
-    from dllmq.models.stored import read_stored
+    from dllmq.models.loading import checkpoint_folder, is_hub_id
     from dllmq.pipeline import check_group_sizes
 
     config = load(cfg)
@@ -523,13 +521,7 @@ def check_cell(cfg: DictConfig) -> Plan:
     device = device_of(config)
     if config.dry_run and config.model.path is not None and is_hub_id(config.model.path):
         return Plan(config, recipe, device, 0)  # a dry run downloads nothing
-    folder = checkpoint_folder(config.model_path)
-    if (folder / "config.json").is_file() and read_stored(folder) is not None:
-        raise ValueError(
-            f"model path {folder} is quantized already; give the full-precision checkpoint it was made from."
-        )
-    model = skeleton(*read_config(folder))
-    check_tensors(weight_files(folder), {name: p.shape for name, p in model.state_dict().items()})
+    model = _checked_skeleton(checkpoint_folder(config.model_path), config.memory, stored)
     check_sampler(model.config, recipe.sampler)
     for answer in answers.values():
         check_sampler(model.config, answer.sampler)
@@ -537,6 +529,27 @@ def check_cell(cfg: DictConfig) -> Plan:
     _check_backend(config, recipe, device, model)
     _check_export(config, recipe, model)
     return Plan(config, recipe, device, sum(p.numel() for p in model.parameters()))
+
+
+def _checked_skeleton(folder: Path, memory: str, stored: bool) -> Any:
+    """The folder's model without weights, after comparing config.json and headers; see `check_cell`."""
+    from dllmq.models.loading import check_tensors, read_config, skeleton, weight_files
+    from dllmq.models.quantized_loading import check_folder
+    from dllmq.models.stored import read_stored
+
+    found = read_stored(folder) if (folder / "config.json").is_file() else None
+    if found is None:
+        model = skeleton(*read_config(folder))
+        check_tensors(weight_files(folder), {name: p.shape for name, p in model.state_dict().items()})
+        return model
+    if not stored:
+        raise ValueError(
+            f"model path {folder} is quantized already; give the full-precision checkpoint it was made from, "
+            "or score the folder as it is with python -m dllmq.evaluation.plugin."
+        )
+    if memory == "stream":
+        raise ValueError(f"memory=stream, but {folder} is quantized, which is loaded whole: use memory=auto.")
+    return check_folder(folder, found).model
 
 
 def _check_ranges(config: RunConfig) -> None:

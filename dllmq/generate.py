@@ -7,7 +7,8 @@
     python -m dllmq.generate "..." --model <folder> model=dream_v0_7b_base   a folder, a preset's settings
 
 Naming a switch of quantization (method=, bits=, tmas= ...) quantizes on the fly, with dllmq.run's defaults
-and from its cache. In a pipe there is no animation: the final texts, and with --trace a line per step.
+and from its cache. A folder that is quantized already (dllmq.run's export=) runs as it is stored. In a pipe
+there is no animation: the final texts, and with --trace a line per step.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ from rich.live import Live
 from torch import Tensor
 
 from dllmq.cache import Cache
+from dllmq.calibration.hidden import Spill
 from dllmq.calibration.prompts import encode_prompts
 from dllmq.config import Plan, compose_plan, preset_of
 from dllmq.diffusion import apply, denoise
 from dllmq.full_precision import FullPrecision
 from dllmq.mini.tasks import problems
 from dllmq.models.loading import checkpoint_folder, load_model, read_config
+from dllmq.models.memory import MemoryPlan, plan_memory
 from dllmq.models.tokenizer import load_tokenizer
 from dllmq.pipeline import quantize, set_backend
 from dllmq.report.denoising import (
@@ -55,10 +58,11 @@ Progress = Callable[[int, int, str], None]
 # Switches that do not ask for a quantized model.
 _OF_THE_MODEL = (
     "model", "sampler", "device", "threads", "seed", "cache_dir", "tasks", "eval", "tracker", "name",
-    "resume", "dry_run",
+    "resume", "dry_run", "memory", "max_state_bytes", "backend",
 )  # fmt: skip
 _OVERRIDE = re.compile(r"[~+]*[A-Za-z_][\w./@]*=")
 FULL_PRECISION = "full precision"
+AS_STORED = "as stored"
 PROBLEM = "the first dev problem of mini_gsm"
 
 
@@ -91,8 +95,14 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def all_overrides(args: argparse.Namespace) -> tuple[list[str], bool]:
-    """The overrides of the run, and whether they ask for a quantized model."""
+    """The overrides of the run, and whether they ask to quantize the model.
+
+    Raises:
+        ValueError: export, which nothing here writes.
+    """
     heads = {re.split(r"[.=@]", word.lstrip("~+"))[0] for word in args.overrides}
+    if "export" in heads:
+        raise ValueError("export= writes nothing here: export with python -m dllmq.run, then give --model.")
     quantized = args.side_by_side or bool(heads - set(_OF_THE_MODEL))
     own = [] if quantized else ["method=fp"]
     own += [] if "tracker" in heads else ["tracker=none"]
@@ -120,12 +130,13 @@ def read_prompt(given: str | None) -> str:
 
 @dataclass(frozen=True)
 class Runner:
-    """A loaded model and the prompt it continues."""
+    """A loaded model and the prompt it continues; `memory` is what of the model is held."""
 
     plan: Plan
     model: Any
     tokenizer: Any
     prompt_ids: Int[Tensor, " P"]
+    memory: MemoryPlan
 
     @property
     def end_ids(self) -> list[int]:
@@ -157,7 +168,7 @@ class Runner:
 
 
 def load(plan: Plan, prompt: str) -> Runner:
-    """The model in full precision, and the prompt's tokens.
+    """The model as the folder has it, and the prompt's tokens.
 
     Raises:
         ValueError: the prompt and gen_length together exceed what the model takes.
@@ -172,8 +183,10 @@ def load(plan: Plan, prompt: str) -> Runner:
             f"the prompt has {len(ids)} tokens and gen_length is {rest}, together more than the model's "
             f"{most}: shorten the prompt, or lower sampler.gen_length."
         )
-    model = load_model(folder, plan.device, getattr(torch, plan.config.dtype()))
-    return Runner(plan, model, tokenizer, ids)
+    dtype = getattr(torch, plan.config.dtype())
+    memory = plan_memory(plan.config.memory, plan.parameters, dtype, plan.device)
+    model = load_model(folder, plan.device, dtype, memory.stream)
+    return Runner(plan, model, tokenizer, ids, memory)
 
 
 def quantize_in_place(runner: Runner, progress: Progress) -> str:
@@ -183,7 +196,8 @@ def quantize_in_place(runner: Runner, progress: Progress) -> str:
     shared = FullPrecision(plan, Cache(folder), runner.model, runner.tokenizer, progress)
     prompts = shared.prompts()
     states = shared.states(prompts) if config.cache_dir else None
-    quantize(runner.model, prompts, plan.recipe, None, progress, states)
+    spill = Spill(config.max_state_bytes, folder)
+    quantize(runner.model, prompts, plan.recipe, None, progress, states, runner.memory.compact, spill)
     set_backend(runner.model, config.backend)
     switches = [name.upper() for name in ("tmas", "cgq", "iaaq") if getattr(config, name)]
     axes = config.axes()
@@ -231,13 +245,16 @@ class Screen:
 def generate(args: argparse.Namespace, console: Console) -> None:
     """prompt -> full precision's run -> the quantized model's run, as asked -> texts."""
     overrides, quantized = all_overrides(args)
-    plan = compose_plan(overrides)
+    plan = compose_plan(overrides, stored=not quantized)
     prompt = read_prompt(args.prompt)
     if plan.config.threads is not None:
         torch.set_num_threads(plan.config.threads)
     runner = load(plan, prompt)
     screen = Screen(console, prompt, console.is_terminal and not args.trace, args.trace, args.delay)
     name, before = FULL_PRECISION, list[Frame]()
+    if hasattr(runner.model, "stored"):
+        name = AS_STORED
+        set_backend(runner.model, plan.config.backend)
     if quantized:
         for line in plan.recipe.inert():
             print(f"dllmq.generate: no effect: {line}", file=sys.stderr)

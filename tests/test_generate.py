@@ -11,10 +11,13 @@ from tiny_checkpoint import save_checkpoint
 
 from dllmq import generate as program
 from dllmq.calibration.states import record_trajectories
+from dllmq.checkpoint import save_quantized
 from dllmq.config import EMBEDDED, compose_plan, preset_of
 from dllmq.diffusion import generate
 from dllmq.evaluation.divergence import measure_divergence
 from dllmq.mini.tasks import problems
+from dllmq.models.streaming import is_streamed
+from dllmq.pipeline import quantized_linears
 from dllmq.report.denoising import compare
 
 PROMPT = "Question: Olga has 3 books. How many books?\nAnswer:"
@@ -122,6 +125,66 @@ def test_text_after_an_end_of_text_survives_where_asked_for(folder: Path) -> Non
     assert survivor.text(changed) == "Question" * 15
 
 
+@pytest.fixture(scope="module")
+def exported(folder: Path, quantizing: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made, path = runner(folder, *quantizing), tmp_path_factory.mktemp("export") / "model"
+    program.quantize_in_place(made, lambda *_: None)
+    save_quantized(made.model, path, "compressed_tensors", folder)
+    return path
+
+
+def test_an_export_runs_as_it_is_stored(
+    folder: Path, exported: Path, quantizing: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = output(capsys, PROMPT, "--trace", "--model", str(folder), *quantizing, "backend=fake")
+    back = output(capsys, PROMPT, "--trace", "--model", str(exported), *SAMPLER, "backend=fake")
+    assert back.startswith("as stored") and "full precision" not in back
+    assert [line.split("step")[1:] for line in back.splitlines()] == [
+        line.split("step")[1:] for line in own.splitlines()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("bits=w4a4", "is quantized already; give the full-precision checkpoint"),
+        ("--side-by-side", "is quantized already"),
+        ("memory=stream", "is quantized, which is loaded whole: use memory=auto"),
+    ],
+)
+def test_what_an_export_does_not_take(
+    exported: Path, word: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program.main([PROMPT, "--model", str(exported), *SAMPLER, word]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_damaged_export_is_refused_before_weights_are_read(exported: Path, tmp_path: Path) -> None:
+    for file in exported.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    record = tmp_path / "dllmq_quantization.json"
+    record.write_text(record.read_text().replace("q_proj", "x_proj"))
+    with pytest.raises(ValueError, match="x_proj, which is no linear of a block"):
+        compose_plan(["method=fp", "tracker=none", f"model.path={tmp_path}"], stored=True)
+
+
+def test_memory_is_as_in_a_run_and_changes_no_token(
+    folder: Path, quantizing: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "dllmq")
+    whole = runner(folder, *quantizing, "memory=whole")
+    streamed = runner(folder, *quantizing, "memory=stream", "max_state_bytes=0")
+    assert is_streamed(streamed.model) and not is_streamed(whole.model)
+    for made, compact in ((whole, False), (streamed, True)):
+        caplog.clear()
+        program.quantize_in_place(made, lambda *_: None)
+        assert {linear.is_compact for linear in quantized_linears(made.model).values()} == {compact}
+        cache = str(made.plan.config.cache_dir)
+        spilled = [line for line in caplog.messages if line.endswith(f"on disk, in {cache}")]
+        assert len(spilled) == compact
+    assert [f.ids for f in whole.frames()] == [f.ids for f in streamed.frames()]
+
+
 def test_the_chat_template_wraps_the_prompt(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "chat")
     (folder / "chat_template.jinja").write_text((EMBEDDED / "chat_template.jinja").read_text())
@@ -149,6 +212,7 @@ def test_the_prompt_comes_from_the_words_stdin_or_the_dev_split(monkeypatch: pyt
         (["method=awq", "tmas=true", "-"], "-", ["method=awq", "tmas=true"], True),
         (["--side-by-side"], None, [], True),
         (["+calibration.data=x"], None, ["+calibration.data=x"], True),
+        *(([word], None, [word], False) for word in ("memory=stream", "max_state_bytes=0", "backend=fake")),
     ],
 )
 def test_which_words_are_overrides_and_which_ask_to_quantize(
@@ -181,6 +245,7 @@ def test_a_published_id_brings_its_preset_along() -> None:
         (["a " * 300], "tokens and gen_length is 48, together more than the model's 256"),
         (["sampler.remasking=entropy"], "remasking=entropy"),
         (["sampler.steps="], "sampler.steps"),
+        (["export=gptq"], "export= writes nothing here: export with python -m dllmq.run"),
     ],
 )
 def test_wrong_input_is_one_sentence(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,7 +126,8 @@ def unsafe_loading(tree: ast.AST) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         name = getattr(node, "arg", None) or getattr(node, "id", None) or getattr(node, "attr", None)
         value = getattr(node, "value", None)
-        if "trust_remote_code" in (name, value if isinstance(node, ast.Constant) else None):
+        refused = isinstance(node, ast.keyword) and getattr(value, "value", None) is False
+        if "trust_remote_code" in (name, value if isinstance(node, ast.Constant) else None) and not refused:
             yield node.lineno, "trust_remote_code; models are native and run no code from a checkpoint"
         if (
             isinstance(node, ast.keyword)
@@ -177,7 +178,8 @@ def test_no_configuration_trusts_remote_code() -> None:
         ("checkpoint", "import pickle"),
         ("checkpoint", "from pickle import loads"),
         ("checkpoint", "torch.load(path, weights_only=False)"),
-        ("models.llada", "AutoModel.from_pretrained(p, trust_remote_code=False)"),
+        ("models.llada", "AutoModel.from_pretrained(p, trust_remote_code=True)"),
+        ("models.llada", "AutoModel.from_pretrained(p, trust_remote_code=asked)"),
         ("models.llada", "kwargs = {'trust_remote_code': True}"),
     ],
 )
@@ -195,6 +197,7 @@ def test_checker_finds_what_is_forbidden(module: str, source: str) -> None:
         ("kernels.int8", "def kernel():\n    import triton.language as tl", False),
         ("evaluation.harness", "from dllmq import __version__\nimport lm_eval", False),
         ("checkpoint", "'''No trust_remote_code.'''\ntorch.load(path, weights_only=True)", False),
+        ("models.tokenizer", "AutoTokenizer.from_pretrained(p, trust_remote_code=False)", False),
         ("numerics.grid", "from rich_text import x\nimport torch, math", False),
     ],
 )

@@ -8,27 +8,60 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
+QWEN2 = ("DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast")
 
 
 def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer saved in a checkpoint folder; a mask token that it lacks is taken from config.json.
 
     Raises:
-        ValueError: the folder has none that can be read.
+        ValueError: the folder has none that can be read without running its code.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    saved_whole = (
-        Path(folder) / "tokenizer.json"
-    ).is_file()  # then no other class, and no config.json, is needed
-    loader = PreTrainedTokenizerFast if saved_whole else AutoTokenizer
     try:
-        tokenizer = loader.from_pretrained(str(folder), padding_side="left")
+        tokenizer = _read(Path(folder))
     except Exception as error:  # the library raises many kinds
+        if "custom code" in str(error):
+            raise ValueError(
+                f"the tokenizer in {folder} needs the checkpoint's own code, which is never run: put a "
+                "tokenizer.json there."
+            ) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"the tokenizer in {folder} cannot be read: {first}") from error
     _settle_mask_token(tokenizer, Path(folder) / "config.json")
     return tokenizer
+
+
+def _read(folder: Path) -> Any:
+    """By transformers' own classes.
+
+    tokenizer.json needs no other class and no config.json. Dream-org's folders have vocab.json, merges.txt
+    and the class DreamTokenizer in tokenization_dream.py, which is Qwen2's slow tokenizer by another name.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+
+    if (folder / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), padding_side="left")
+    file = folder / "tokenizer_config.json"
+    declared = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if declared.get("tokenizer_class") not in QWEN2:
+        return AutoTokenizer.from_pretrained(str(folder), padding_side="left", trust_remote_code=False)
+    lacking = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    if lacking:  # the library would go on with an empty vocabulary
+        raise ValueError(f"{' and '.join(lacking)} is missing; copy or download the folder again.")
+    tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), padding_side="left")
+    _check_added(tokenizer, declared.get("added_tokens_decoder", {}))
+    return tokenizer
+
+
+def _check_added(tokenizer: Any, added: dict[str, dict[str, Any]]) -> None:
+    """Whether added tokens have their declared ids; the library numbers them on from vocab.json's end."""
+    for declared, token in added.items():
+        found = tokenizer.convert_tokens_to_ids(token["content"])
+        if found != int(declared):
+            raise ValueError(
+                f"tokenizer_config.json gives {token['content']} the id {declared}, but after vocab.json it "
+                f"is {found}; take both from the same checkpoint."
+            )
 
 
 def _settle_mask_token(tokenizer: Any, config: Path) -> None:

@@ -193,5 +193,5 @@ def test_what_compressed_tensors_can_hold(folder: Path, overrides: list[str]) ->
 @pytest.mark.parametrize("format", ["compressed_tensors", "dequantized"])
 def test_an_export_is_not_quantized_again(folder: Path, format: str) -> None:
     save_quantized(quantized("llada", Grid(4)), folder / "out", format, source("llada"))
-    with pytest.raises(ValueError, match=r"is quantized already; give the full-precision checkpoint"):
+    with pytest.raises(ValueError, match=r"quantized already; give the full-.* dllmq\.evaluation\.plugin"):
         check_cell(composed(*SMALL, f"model.path={folder / 'out'}"))
