@@ -57,9 +57,11 @@ def as_run_here(command: str, folder: Path) -> list[str]:
     """The command's words, with this interpreter and small sizes where a run is not sized itself."""
     words = shlex.split(command.replace(CHECKPOINT, str(folder / "LLaDA-8B-Base")))
     assert words[:2] == ["python", "-m"]
+    # a size of the calibration would ask to quantize
+    generating = ("sampler", "threads", *(["calibration"] if "method=" in command else []))
     sized: list[str] = {
         "dllmq.run": SMALL,
-        "dllmq.generate": [s for s in SMALL if s.startswith(("calibration", "sampler", "threads"))],
+        "dllmq.generate": [s for s in SMALL if s.startswith(generating)],
         "dllmq.report": [],
         "dllmq.evaluation.plugin": [],
     }[words[2]]
