@@ -8,7 +8,7 @@ from typing import Any
 
 from dllmq.report.compare import Delta, Effect, MainEffect, delta, effects, main_effects
 from dllmq.report.figures import draw, write_png
-from dllmq.report.groups import Group, as_group, fidelity, groups, score, tasks, twin, varying_toggles
+from dllmq.report.groups import Group, as_group, fidelity, finite, groups, score, tasks, twin, varying_toggles
 from dllmq.report.html import headline, render
 from dllmq.report.results import RunRecord, Sweep, load_sweep, write_json_atomic, write_text_atomic
 from dllmq.report.settings import SettingEffect, setting_effects
@@ -93,7 +93,8 @@ def _effect(sweep: Sweep, effect: Effect) -> dict[str, Any]:
 
 def _main_effect(effect: MainEffect) -> dict[str, Any]:
     names = ("toggle", "method", "placebo", "task", "metric", "twins", "verdict", "runs_p")
-    own = {name: getattr(effect, name) for name in names} | {"runs": _plain(effect.runs)}
+    runs = _plain(effect.runs) | {"stderr": finite(effect.runs.stderr)}
+    own = {name: getattr(effect, name) for name in names} | {"runs": runs}
     return own | _plain(effect.delta)
 
 

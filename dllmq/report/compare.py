@@ -124,9 +124,14 @@ class MainEffect:
 
     @property
     def verdict(self) -> str:
-        """Helps or hurts where corrected p over problems and p over runs are below 0.05."""
+        """Helps or hurts where corrected p over problems and p over runs are below 0.05.
+
+        "one run" where there is a single matched pair of runs: what another one would give is not known.
+        """
         if self.placebo:
             return "placebo"
+        if self.runs.n == 1:
+            return "one run"
         p = self.delta.p_holm
         if p is None or p >= ALPHA or self.runs_p >= ALPHA or self.delta.value == 0:
             return "no difference shown"

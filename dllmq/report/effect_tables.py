@@ -121,7 +121,8 @@ def settings_table(sweep: Sweep) -> Table:
     ]
     notes = (
         "value − what it replaces, everything else equal; statistics as for the switches.",
-        "With few runs only a large difference can be shown: read the interval and the ± over runs.",
+        "With few runs only a large difference can be shown: read the interval and the ± over runs. One run: "
+        "a single pair, and nothing is known about another.",
     )
     return Table("Effect of each setting", tuple(columns), rows, notes if rows else ())
 
@@ -141,7 +142,7 @@ def _average_columns() -> list[Column]:
 
 def _average_cells(effect: MainEffect) -> Iterator[Cell]:
     unit = "nats" if effect.task == "KL" else "points" if is_share(effect.metric) else effect.metric
-    shown = effect.verdict != "no difference shown"
+    shown = effect.verdict in ("helps", "hurts")
     over = "its inert pairs" if effect.placebo else effect.method or "all methods"
     yield Cell(over, compact="inert" if effect.placebo else effect.method or "all")
     yield Cell(str(effect.twins), sort=effect.twins)
@@ -151,5 +152,6 @@ def _average_cells(effect: MainEffect) -> Iterator[Cell]:
     p = effect.delta.p_holm
     yield EMPTY if p is None else Cell(p_text(p), sort=p)
     yield runs_cell(effect.runs, effect.metric)
-    yield Cell(p_text(effect.runs_p), sort=effect.runs_p)
-    yield Cell(effect.verdict, "" if shown else "muted", compact=effect.verdict if shown else "not shown")
+    yield EMPTY if effect.runs.n == 1 else Cell(p_text(effect.runs_p), sort=effect.runs_p)
+    compact = "not shown" if effect.verdict == "no difference shown" else effect.verdict
+    yield Cell(effect.verdict, "" if shown or effect.placebo else "muted", compact=compact)

@@ -88,6 +88,13 @@ def test_a_constant_at_its_default_is_told_from_the_config():
     assert {(f.level, f.reference) for f in setting_effects(more)} == {("0.0", "0.7"), ("1.0", "0.7")}
 
 
+def test_one_pair_of_runs_has_no_verdict():
+    found = setting_effects(sweep_of(cell()[0], cell(cgq_unmasked=0.0)[0]))
+    assert {f.effect.verdict for f in found} == {"one run"} and {f.effect.runs.n for f in found} == {1}
+    (first, *_) = summary(sweep_of(cell()[0], cell(cgq_unmasked=0.0)[0]))["settings"]
+    assert first["runs"]["stderr"] is None and first["runs_p"] == 1
+
+
 def test_only_cells_that_are_otherwise_equal_are_paired():
     sweep = sweep_of(*cell(group_size=-1), *cell(group_size=32, tmas=True))
     assert setting_effects(sweep) == []
