@@ -93,7 +93,8 @@ def run(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, extra: list
     assert words[:2] == ["python", "-m"]
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [words[2], *words[3:], *extra])
-    monkeypatch.delitem(sys.modules, words[2], raising=False)  # as in a new process
+    for module in (words[2], f"{words[2]}.__main__"):  # as in a new process
+        monkeypatch.delitem(sys.modules, module, raising=False)
     try:
         runpy.run_module(words[2], run_name="__main__", alter_sys=False)
     except SystemExit as end:
