@@ -170,6 +170,8 @@ def test_labels_name_what_varies():
     assert label(axes, ["tmas", "cgq"]) == "gptq +tmas"
     assert label(axes, ["bits", "tmas", "seed"]) == "gptq w4a4 seed=1 +tmas"
     assert label(axes, ["bits", "tmas"], without="tmas") == "gptq w4a4"
+    for states, shown in (("clean", "gptq"), ("uniform", "gptq states=uniform")):
+        assert label(axes | {"states": states, "tmas": False}, ["states", "tmas"]) == shown
 
 
 # ---------------------------------------------------------------- seeds
