@@ -9,6 +9,7 @@ scale and which module a method inspects is data: `Topology`, one table per arch
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -67,21 +68,22 @@ class BlockContext(NamedTuple):
     cos: Float[Tensor, "L head_dim"]
 
 
-class Block(nn.Module):
+class Block(nn.Module, ABC):
     """One transformer block. Subclasses name their linears as the published state dict does."""
 
     product: AttentionProduct
 
+    @abstractmethod
     def forward(self, x: Float[Tensor, "B L d"], ctx: BlockContext) -> Float[Tensor, "B L d"]:
-        raise NotImplementedError
+        """The residual stream after the block."""
 
+    @abstractmethod
     def attention(self, h: Float[Tensor, "B L d"], ctx: BlockContext) -> Float[Tensor, "B L d"]:
         """The attention sub-layer on the already normalized input h, output projection included."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mlp(self, h: Float[Tensor, "B L d"]) -> Float[Tensor, "B L d"]:
         """The MLP sub-layer on the already normalized input h."""
-        raise NotImplementedError
 
 
 @runtime_checkable
@@ -101,6 +103,60 @@ class MaskPredictor(Protocol):
     def head(self, h: Float[Tensor, "... d"]) -> Float[Tensor, "... E"]: ...
     def embed(self, input_ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L d"]: ...
     def context(self, length: int, attention_mask: Tensor | None = None) -> BlockContext: ...
+
+
+class BlockStack(nn.Module, ABC):
+    """What the architectures share of a mask predictor: embedding, blocks, final norm, head."""
+
+    config: Any
+    topology: Topology
+
+    @property
+    @abstractmethod
+    def blocks(self) -> nn.ModuleList:
+        """In execution order."""
+
+    @abstractmethod
+    def final_norm(self, x: Float[Tensor, "B L d"]) -> Float[Tensor, "B L d"]:
+        """The norm between the last block and the head."""
+
+    @abstractmethod
+    def head(self, h: Float[Tensor, "... d"]) -> Float[Tensor, "... E"]:
+        """Logits of normalized hidden states."""
+
+    @abstractmethod
+    def context(self, length: int, attention_mask: Tensor | None = None) -> BlockContext:
+        """What all blocks share in a forward over `length` columns."""
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.get_submodule(self.topology.embedding)  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    def forward(
+        self, input_ids: Int[Tensor, "B L"], attention_mask: Tensor | None = None
+    ) -> Float[Tensor, "B L E"]:
+        """Raw logits of every column; `attention_mask` [B, L] is 0 at pads."""
+        return self.head(self.hidden_states(input_ids, attention_mask))
+
+    def hidden_states(
+        self, input_ids: Int[Tensor, "B L"], attention_mask: Tensor | None = None
+    ) -> Float[Tensor, "B L d"]:
+        """Output of the final norm, so that the head can run at chosen columns only."""
+        x, ctx = self.embed(input_ids), self.context(input_ids.shape[1], attention_mask)
+        for block in self.blocks:
+            x = block(x, ctx)
+        return self.final_norm(x)
+
+    def embed(self, input_ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L d"]:
+        return self.embedding(input_ids)
 
 
 @dataclass(frozen=True)

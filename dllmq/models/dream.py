@@ -21,14 +21,13 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dllmq.kernels.cpu_linear import linear
 from dllmq.models.attention import AttentionProduct
-from dllmq.models.base import Block, BlockContext, GroupRow, Topology, check_types, padding_bias
+from dllmq.models.base import Block, BlockContext, BlockStack, GroupRow, Topology, check_types, padding_bias
 from dllmq.models.linear import Linear
 from dllmq.models.llada import RMSNorm, rope_tables, rotate
 
@@ -227,8 +226,11 @@ class DreamBlock(Block):
         return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
 
 
-class Dream(nn.Module):
-    """The predictor of Dream, built from a config; `dllmq.models.load_model` reads checkpoints."""
+class Dream(BlockStack):
+    """The predictor of Dream, built from a config; `dllmq.models.load_model` reads checkpoints.
+
+    Its logits are unshifted: column i predicts token i + 1.
+    """
 
     topology = TOPOLOGY
 
@@ -248,35 +250,6 @@ class Dream(nn.Module):
     @property
     def blocks(self) -> nn.ModuleList:
         return self.model["layers"]  # type: ignore[return-value]
-
-    @property
-    def device(self) -> torch.device:
-        return self.model["embed_tokens"].weight.device  # type: ignore[return-value]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model["embed_tokens"].weight.dtype  # type: ignore[return-value]
-
-    def forward(
-        self, input_ids: Int[Tensor, "B L"], attention_mask: Tensor | None = None
-    ) -> Float[Tensor, "B L E"]:
-        """Raw logits at every column, unshifted: column i predicts token i + 1.
-
-        `attention_mask` [B, L] is 0 at pads.
-        """
-        return self.head(self.hidden_states(input_ids, attention_mask))
-
-    def hidden_states(
-        self, input_ids: Int[Tensor, "B L"], attention_mask: Tensor | None = None
-    ) -> Float[Tensor, "B L d"]:
-        """Output of the final norm, so that the head can run at chosen columns only."""
-        x, ctx = self.embed(input_ids), self.context(input_ids.shape[1], attention_mask)
-        for block in self.blocks:
-            x = block(x, ctx)
-        return self.final_norm(x)
-
-    def embed(self, input_ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L d"]:
-        return self.model["embed_tokens"](input_ids)
 
     def final_norm(self, x: Float[Tensor, "B L d"]) -> Float[Tensor, "B L d"]:
         return self.model["norm"](x)

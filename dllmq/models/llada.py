@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dllmq.kernels.cpu_linear import linear
 from dllmq.models.attention import AttentionProduct
-from dllmq.models.base import Block, BlockContext, GroupRow, Topology, check_types, padding_bias
+from dllmq.models.base import Block, BlockContext, BlockStack, GroupRow, Topology, check_types, padding_bias
 from dllmq.models.linear import Linear
 
 TOPOLOGY = Topology(
@@ -218,7 +218,7 @@ class LLaDABlock(Block):
         return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
 
 
-class LLaDA(nn.Module):
+class LLaDA(BlockStack):
     """The mask predictor p(x_0 | x_t), built from a config; `dllmq.models.load_model` reads checkpoints."""
 
     topology = TOPOLOGY
@@ -242,32 +242,6 @@ class LLaDA(nn.Module):
     @property
     def blocks(self) -> nn.ModuleList:
         return self.transformer["blocks"]  # type: ignore[return-value]
-
-    @property
-    def device(self) -> torch.device:
-        return self.transformer["wte"].weight.device  # type: ignore[return-value]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.transformer["wte"].weight.dtype  # type: ignore[return-value]
-
-    def forward(
-        self, input_ids: Int[Tensor, "B L"], attention_mask: Tensor | None = None
-    ) -> Float[Tensor, "B L E"]:
-        """Raw logits at every position; `attention_mask` [B, L] is 0 at pads."""
-        return self.head(self.hidden_states(input_ids, attention_mask))
-
-    def hidden_states(
-        self, input_ids: Int[Tensor, "B L"], attention_mask: Tensor | None = None
-    ) -> Float[Tensor, "B L d"]:
-        """Output of the final norm, so that the head can run at chosen positions only."""
-        x, ctx = self.embed(input_ids), self.context(input_ids.shape[1], attention_mask)
-        for block in self.blocks:
-            x = block(x, ctx)
-        return self.final_norm(x)
-
-    def embed(self, input_ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L d"]:
-        return self.transformer["wte"](input_ids)
 
     def final_norm(self, x: Float[Tensor, "B L d"]) -> Float[Tensor, "B L d"]:
         return self.transformer["ln_f"](x)

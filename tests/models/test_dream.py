@@ -1,6 +1,5 @@
 """Dream against its published architecture, restated here in formulas and loops, and against Qwen2."""
 
-import cmath
 import json
 import math
 from dataclasses import asdict
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference_layers import reference_norm, reference_rope
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -94,21 +94,6 @@ def some_ids(batch: int, length: int) -> Tensor:
 def prompts() -> list[Tensor]:
     rng = torch.Generator().manual_seed(0)
     return [torch.randint(0, EOT, (n,), generator=rng) for n in (5, 3, 6)]
-
-
-def reference_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return torch.stack([row / math.sqrt(float((row * row).sum()) / len(row) + eps) * weight for row in x])
-
-
-def reference_rope(x: Tensor, theta: float) -> Tensor:
-    """x [L, h]: (x_i, x_{i + h/2}) turned by the angle position * theta^(-2i/h), as complex numbers."""
-    out, half = x.clone(), x.shape[1] // 2
-    for position in range(len(x)):
-        for i in range(half):
-            pair = complex(float(x[position, i]), float(x[position, i + half]))
-            pair *= cmath.exp(1j * position * theta ** (-2 * i / x.shape[1]))
-            out[position, i], out[position, i + half] = pair.real, pair.imag
-    return out
 
 
 def reference_logits(model: Dream, ids: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """LLaDA against its published architecture, restated here in formulas and loops (no dllmq in it)."""
 
-import cmath
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from reference_layers import reference_norm, reference_rope
 from tiny_llada import EOS, MASK, VOCAB, tiny_config, tiny_model
 from torch import Tensor
 
@@ -17,21 +17,6 @@ SHAPES = {
     "tied": {"weight_tying": True},
     "wide embedding": {"embedding_size": 48, "n_kv_heads": 1},
 }
-
-
-def reference_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return torch.stack([row / math.sqrt(float((row * row).sum()) / len(row) + eps) * weight for row in x])
-
-
-def reference_rope(x: Tensor, theta: float) -> Tensor:
-    """x [L, h]: (x_i, x_{i + h/2}) turned by the angle position * theta^(-2i/h), as complex numbers."""
-    out, half = x.clone(), x.shape[1] // 2
-    for position in range(len(x)):
-        for i in range(half):
-            pair = complex(float(x[position, i]), float(x[position, i + half]))
-            pair *= cmath.exp(1j * position * theta ** (-2 * i / x.shape[1]))
-            out[position, i], out[position, i + half] = pair.real, pair.imag
-    return out
 
 
 def reference_logits(model: LLaDA, ids: Tensor, keep: Tensor | None = None) -> Tensor:
