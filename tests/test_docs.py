@@ -56,6 +56,8 @@ def prepare(folder: Path) -> None:
 def as_run_here(command: str, folder: Path) -> list[str]:
     """The command's words, with this interpreter and small sizes where a run is not sized itself."""
     words = shlex.split(command.replace(CHECKPOINT, str(folder / "LLaDA-8B-Base")))
+    if words[0] == "lm_eval":
+        return [sys.executable, "-m", *words]
     assert words[:2] == ["python", "-m"]
     # a size of the calibration would ask to quantize
     generating = ("sampler", "threads", *(["calibration"] if "method=" in command else []))
@@ -63,7 +65,6 @@ def as_run_here(command: str, folder: Path) -> list[str]:
         "dllmq.run": SMALL,
         "dllmq.generate": [s for s in SMALL if s.startswith(generating)],
         "dllmq.report": [],
-        "dllmq.evaluation.plugin": [],
     }[words[2]]
     return [sys.executable, *words[1:], *(s for s in sized if s.partition("=")[0] not in command)]
 

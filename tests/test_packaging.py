@@ -135,7 +135,22 @@ def clean_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_every_data_file(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert sorted(set(shipped_data()) - names) == []
-    assert not [name for name in names if not name.startswith(("dllmq/", "dllmq-"))]
+    hook = {"dllmq_lm_eval.py", "dllmq_lm_eval.pth"}
+    assert {name for name in names if not name.startswith(("dllmq/", "dllmq-"))} == hook
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_lm_eval_finds_the_installed_package(clean_python: Path, tmp_path: Path) -> None:
+    """`lm_eval run --model dllmq` after an install alone; and Python starts without importing either."""
+    program = (
+        "import sys; print({'dllmq', 'lm_eval'} & set(sys.modules)); "
+        "from lm_eval.api.registry import get_model; "
+        "print(get_model('dllmq').__name__, get_model('dummy').__name__)"
+    )
+    command = [clean_python, "-c", program]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert out.stdout.split("\n")[:2] == ["set()", "DllmqLM DummyLM"]
 
 
 @pytest.mark.slow

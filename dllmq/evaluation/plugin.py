@@ -1,13 +1,13 @@
 """`dllmq` as a model of lm-eval's own command line.
 
     lm_eval run --model dllmq --model_args pretrained=<folder>,gen_length=256,block_length=32 --tasks gsm8k
-    python -m dllmq.evaluation.plugin run --model dllmq ...        the same command, for lm-eval <= 0.4.13
 
 The package declares the entry point `dllmq` in the group `lm_eval.models`, from which lm-eval resolves
-`--model` in versions after 0.4.13. Versions up to 0.4.13 know only the models of their own source tree and
-what was registered before their command line runs; importing this module registers `dllmq`, so the second
-command is theirs, argument by argument, after that import. `simple_evaluate(model="dllmq", model_args=...)`
-needs the import too.
+`--model` in versions after 0.4.13. Versions up to 0.4.13 know only the models of their own source tree; for
+these an install brings dllmq_lm_eval.pth, which adds the name to lm-eval's registry when it is filled. In a
+Python that reads no .pth files (a checkout on PYTHONPATH that was never installed) the same command is
+
+    python -m dllmq.evaluation.plugin run --model dllmq ...
 
 Every argument of --model_args is a field of `Arguments`. One that is given there wins over --batch_size and
 --device; where there is no CUDA device the latter, whose default is cuda:0, gives way to the CPU. With

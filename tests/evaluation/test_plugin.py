@@ -196,12 +196,13 @@ def test_the_entry_point_names_the_class() -> None:
 
 
 @pytest.mark.slow
-def test_the_stock_command_line_gives_our_own_scores(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", ["lm_eval", "dllmq.evaluation.plugin"])
+def test_the_stock_command_line_gives_our_own_scores(program: str, folder: Path, tmp_path: Path) -> None:
     """lm-eval's own arguments, task files and result file; the task is a local YAML."""
     config = build_task_configs(["mini_gsm"], 4, tmp_path)[0]
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "local.yaml").write_text(yaml.safe_dump(config | {"task": "local_gsm"}))
-    command = [sys.executable, "-m", "dllmq.evaluation.plugin", "run", "--model", "dllmq", "--model_args",
+    command = [sys.executable, "-m", program, "run", "--model", "dllmq", "--model_args",
                f"pretrained={folder},{ARGUMENTS}", "--tasks", "local_gsm", "--include_path",
                str(tmp_path / "tasks"), "--limit", "4", "--output_path", str(tmp_path / "out")]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ))
