@@ -34,8 +34,8 @@ def assert_program(doc: Doc, response: str, postprocess: Postprocess | None = No
     """A response to a problem in MBPP's schema: the response alone is the program, its first three asserts
     the test.
 
-    A few problems' asserts build objects of a class that the response has to define; the sandbox's judge does
-    not see what the response defines, so these fail.
+    A few problems' asserts build objects of a class that the response has to define, Pair(5, 24): the judge
+    hands name and arguments over, and the program builds them.
     """
     name = asserted_function(doc["test_list"], doc["code"])
     make = postprocess or continued

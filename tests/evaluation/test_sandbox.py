@@ -245,6 +245,45 @@ def test_calls_behave_like_calls() -> None:
     assert run("def f(x): return x", test).status == "failed"
 
 
+PAIR = "class Pair:\n    def __init__(self, a, b=0):\n        self.a, self.b = a, b\n"
+
+
+def test_objects_that_only_the_program_can_build_are_handed_over_by_name() -> None:
+    """As some of MBPP's asserts do: the class is the answer's."""
+    longest = "def f(pairs, n):\n    return sum(p.b - p.a for p in pairs) + n\n"
+    test = "assert f([Pair(5, 24), Pair(a=15, b=25)], 2) == 31\n"
+    assert run(PAIR + longest, test).status == "passed"
+    assert run(PAIR + longest.replace("+ n", ""), test).status == "failed"
+    assert "does not define Pair" in run(longest, test).detail
+
+
+@pytest.mark.parametrize(
+    "check", ["Pair(1)", "Pair(1) == Pair(1)", "Pair(1) != 2", "f(1) == Pair(2)", "not Pair(1)"]
+)
+def test_nothing_can_be_asserted_of_an_object_that_stays_with_the_program(check: str) -> None:
+    """A program that compares as it likes gains nothing."""
+    outcome = run(
+        PAIR + "    __eq__ = __ne__ = __bool__ = lambda *_: True\ndef f(x): return x", f"assert {check}"
+    )
+    assert outcome.status == "failed" and "Pair is the program's own" in outcome.detail
+
+
+def test_a_program_cannot_answer_with_an_object_for_the_judge_to_build() -> None:
+    """The tag that carries such objects has a meaning in the program's process alone."""
+    forged = (
+        "import os, gc\n"
+        "def f(x):\n"
+        "    for fd in range(3, 64):\n"
+        "        try:\n"
+        "            body = b'l' + (3).to_bytes(4, 'big') + b'S' + (5).to_bytes(4, 'big') + b'value'"
+        " + b'o' + (3).to_bytes(4, 'big') + b'S' + (4).to_bytes(4, 'big') + b'Pair'"
+        " + b'l' + bytes(4) + b'd' + bytes(4) + b'l' + bytes(4)\n"
+        "            os.write(fd, len(body).to_bytes(8, 'big') + body)\n"
+        "        except OSError: pass\n"
+    )
+    assert run(forged, "assert f(1) == 1").status == "failed"
+
+
 def test_humaneval_scores_with_helpers_and_signatures_without_a_body() -> None:
     prompt = "import math\n\ndef double(x):\n    return 2 * x\n\ndef f(x: int) -> int:\n"
     doc = {"prompt": prompt, "entry_point": "f"}
