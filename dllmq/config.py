@@ -521,7 +521,7 @@ def check_cell(cfg: DictConfig, stored: bool = False) -> Plan:
     device = device_of(config)
     if config.dry_run and config.model.path is not None and is_hub_id(config.model.path):
         return Plan(config, recipe, device, 0)  # a dry run downloads nothing
-    model = _checked_skeleton(checkpoint_folder(config.model_path), config.memory, stored)
+    model = _checked_skeleton(checkpoint_folder(config.model_path), stored)
     check_sampler(model.config, recipe.sampler)
     for answer in answers.values():
         check_sampler(model.config, answer.sampler)
@@ -531,7 +531,7 @@ def check_cell(cfg: DictConfig, stored: bool = False) -> Plan:
     return Plan(config, recipe, device, sum(p.numel() for p in model.parameters()))
 
 
-def _checked_skeleton(folder: Path, memory: str, stored: bool) -> Any:
+def _checked_skeleton(folder: Path, stored: bool) -> Any:
     """The folder's model without weights, after comparing config.json and headers; see `check_cell`."""
     from dllmq.models.loading import check_tensors, read_config, skeleton, weight_files
     from dllmq.models.quantized_loading import check_folder
@@ -547,8 +547,6 @@ def _checked_skeleton(folder: Path, memory: str, stored: bool) -> Any:
             f"model path {folder} is quantized already; give the full-precision checkpoint it was made from, "
             "or score the folder as it is with python -m dllmq.evaluation.plugin."
         )
-    if memory == "stream":
-        raise ValueError(f"memory=stream, but {folder} is quantized, which is loaded whole: use memory=auto.")
     return check_folder(folder, found).model
 
 

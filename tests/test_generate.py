@@ -137,11 +137,13 @@ def test_an_export_runs_as_it_is_stored(
     folder: Path, exported: Path, quantizing: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = output(capsys, PROMPT, "--trace", "--model", str(folder), *quantizing, "backend=fake")
-    back = output(capsys, PROMPT, "--trace", "--model", str(exported), *SAMPLER, "backend=fake")
-    assert back.startswith("as stored") and "full precision" not in back
-    assert [line.split("step")[1:] for line in back.splitlines()] == [
-        line.split("step")[1:] for line in own.splitlines()
-    ]
+    for memory in ("whole", "stream"):
+        given = ("--trace", "--model", str(exported), *SAMPLER, "backend=fake", f"memory={memory}")
+        back = output(capsys, PROMPT, *given)
+        assert back.startswith("as stored") and "full precision" not in back
+        assert [line.split("step")[1:] for line in back.splitlines()] == [
+            line.split("step")[1:] for line in own.splitlines()
+        ]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,6 @@ def test_an_export_runs_as_it_is_stored(
     [
         ("bits=w4a4", "is quantized already; give the full-precision checkpoint"),
         ("--side-by-side", "is quantized already"),
-        ("memory=stream", "is quantized, which is loaded whole: use memory=auto"),
     ],
 )
 def test_what_an_export_does_not_take(

@@ -225,7 +225,8 @@ def load_model(
         device: where the weights go.
         dtype: of weights and computation; stored weights are cast.
         stream: blocks are read from the files when the model runs through them, one in memory at a time
-            (models/streaming.py). The same numbers, slower.
+            (models/streaming.py); a quantized folder's linears keep their packed codes alone. The same
+            numbers, slower.
 
     Returns:
         A `MaskPredictor` in eval mode, without gradients.
@@ -239,7 +240,7 @@ def load_model(
     if stored is not None:
         from dllmq.models.quantized_loading import load_stored
 
-        return load_stored(folder, stored, device, dtype)
+        return load_stored(folder, stored, device, dtype, compact=stream)
     files = weight_files(folder)
     model = skeleton(config, model_class)
     shapes = {name: p.shape for name, p in model.state_dict().items()}

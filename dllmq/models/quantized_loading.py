@@ -51,8 +51,14 @@ class Checked:
     packed: dict[str, dict[str, Spec]]
 
 
-def load_stored(folder: Path, stored: Stored, device: str | torch.device, dtype: torch.dtype) -> Any:
+def load_stored(
+    folder: Path, stored: Stored, device: str | torch.device, dtype: torch.dtype, compact: bool = False
+) -> Any:
     """The model of a quantized folder, in eval mode and without gradients.
+
+    Args:
+        compact: linears keep their codes alone, packed at their width, from the moment they are read; what is
+            in memory is what is on disk. Dequantized folders have no codes, and are loaded as they are.
 
     Raises:
         ValueError: one sentence.
@@ -66,7 +72,7 @@ def load_stored(folder: Path, stored: Stored, device: str | torch.device, dtype:
         found = model.load_state_dict(plain, strict=False, assign=True)
         swapped = {f"{name}.weight" for name, suffixes in checked.packed.items() if suffixes}
         assert set(found.missing_keys) == swapped and not found.unexpected_keys
-        _swap_linears(checked, read, dtype)
+        _swap_linears(checked, read, dtype, compact)
     for index, block in enumerate(model.blocks):
         if stored.has_product:
             params = Params(*(x.to(device) for x in stored.values[index])) if stored.values else None
@@ -174,7 +180,7 @@ def _reader(headers: dict[str, Header], device: str | torch.device) -> Iterator[
         yield lambda name: files[headers[name].file].get_tensor(name)
 
 
-def _swap_linears(checked: Checked, read: Callable[[str], Tensor], dtype: torch.dtype) -> None:
+def _swap_linears(checked: Checked, read: Callable[[str], Tensor], dtype: torch.dtype, compact: bool) -> None:
     """Puts the quantized linears in; those that read the same input share its quantizer, as when saved."""
     model, stored = checked.model, checked.stored
     names = {id(linear): name for name, linear in block_linears(model).items()}
@@ -184,8 +190,10 @@ def _swap_linears(checked: Checked, read: Callable[[str], Tensor], dtype: torch.
             group = {n: name for n, name in group.items() if name in checked.packed}
             inputs = InputQuantizer(stored.inputs, readers=len(group))
             for attribute, name in group.items():
-                linear = getattr(block, attribute)
-                setattr(block, attribute, _linear(name, linear, checked, read, inputs, dtype))
+                linear = _linear(name, getattr(block, attribute), checked, read, inputs, dtype)
+                if compact and isinstance(linear, QuantLinear):
+                    linear.compact()
+                setattr(block, attribute, linear)
 
 
 def _linear(

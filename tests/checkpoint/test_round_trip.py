@@ -66,6 +66,18 @@ def test_logits_are_the_same(tmp_path: Path, architecture: str, format: str, how
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
 
 
+@pytest.mark.parametrize(
+    ("format", "how"), [(CT, {"weights": Grid(3, 32)}), (GPTQ_FORMAT, {"weights": Grid(4)})]
+)
+def test_a_streamed_folder_keeps_its_codes_alone(tmp_path: Path, format: str, how: dict[str, Any]) -> None:
+    save_quantized(quantized("llada", **how), tmp_path, format, source("llada"))
+    whole, streamed = load_model(tmp_path), load_model(tmp_path, stream=True)
+    linears = quantized_linears(streamed)
+    assert linears.keys() == quantized_linears(whole).keys()
+    assert all(linear.is_compact for linear in linears.values())
+    assert torch.equal(logits(streamed), logits(whole))
+
+
 def test_a_loaded_model_is_the_saved_one_in_its_parts(tmp_path: Path) -> None:
     """Codes, scales, zeros, input grids shared by the same linears, the product's parameters."""
     model = quantized("dream", Grid(4), Grid(8), ATTENTION)
