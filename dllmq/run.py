@@ -20,6 +20,7 @@ from rich.logging import RichHandler
 
 from dllmq.config import Plan, cell_name, check_cell, load, sweep_folder
 from dllmq.diffusion import SamplerConfig
+from dllmq.estimate import estimate, told
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.task_settings import DEFAULT
 from dllmq.report.callback import complain, finish_sweep
@@ -119,6 +120,7 @@ def describe(plan: Plan, name: str) -> str:
         f"  tasks        {', '.join(config.tasks.names)}, {config.eval.limit or 'all'} problems each",
         *(line for name, answer in config.answers().items() for line in describe_answers(plan, name, answer)),
         *(f"  no effect    {line}" for line in recipe.inert()),
+        *(f"  {line}" for line in (told(estimate(plan)) if plan.parameters else ())),
     ]
     return "\n".join(lines)
 

@@ -28,6 +28,7 @@ LAYERS = [
     "evaluation",
     "report",
     "config",
+    "estimate",
     "full_precision",
     "cell",
 ]

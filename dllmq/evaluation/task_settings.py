@@ -54,9 +54,15 @@ class Row:
 
 
 @cache
+def _table() -> Mapping[str, Any]:
+    table: dict[str, Any] = yaml.load(_TABLE.read_text(encoding="utf-8"), _Base)
+    return table
+
+
+@cache
 def rows() -> tuple[Row, ...]:
     """All rows, in the order of the YAML."""
-    table = yaml.load(_TABLE.read_text(encoding="utf-8"), _Base)
+    table = dict(_table())
     sizes, metrics = table.pop("sizes"), table.pop("metrics")
     return tuple(
         Row(
@@ -67,6 +73,11 @@ def rows() -> tuple[Row, ...]:
         for model, tasks in group["rows"].items()
         for task, row in tasks.items()
     )  # fmt: skip
+
+
+def sizes() -> dict[str, int]:
+    """Problems of each published task, all subtasks together."""
+    return dict(_table()["sizes"])
 
 
 def presets() -> tuple[str, ...]:
