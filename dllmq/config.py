@@ -403,6 +403,7 @@ def compose_plan(overrides: Sequence[str], stored: bool = False) -> Plan:
     Raises:
         ValueError: one sentence, whether Hydra refuses an override or check_cell the run.
     """
+    check_choices(overrides)
     with initialize_config_module("dllmq.conf", version_base="1.3"):
         try:
             cfg = compose("config", overrides=list(overrides))
@@ -410,6 +411,22 @@ def compose_plan(overrides: Sequence[str], stored: bool = False) -> Plan:
             text = " ".join(str(error).partition("Config search path:")[0].split())
             raise ValueError(text) from error
     return check_cell(cfg, stored)
+
+
+def check_choices(overrides: Sequence[str]) -> None:
+    """Refuses a list or dict in the place of a preset's name, over which Hydra stumbles without a word.
+
+    Raises:
+        ValueError: naming the group.
+    """
+    groups = {entry.name for entry in files("dllmq.conf").iterdir() if entry.is_dir()}
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key in groups and value.strip().startswith(("[", "{")):
+            raise ValueError(
+                f"{key}={value} is a list or a dict, but {key} is the name of one preset: give a name, or "
+                f"sweep over several with -m {key}=a,b."
+            )
 
 
 def preset_of(hub_id: str) -> str | None:

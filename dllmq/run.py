@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
-from dllmq.config import Plan, cell_name, check_cell, load, sweep_folder
+from dllmq.config import Plan, cell_name, check_cell, check_choices, load, sweep_folder
 from dllmq.diffusion import SamplerConfig
 from dllmq.estimate import estimate, told
 from dllmq.evaluation.settings import EvalSettings
@@ -180,6 +180,11 @@ def main() -> None:
     for noisy in ("httpx", "urllib3", "datasets", "transformers", "matplotlib", "wandb"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="hydra")
+    try:
+        check_choices(sys.argv[1:])
+    except ValueError as error:
+        complain(str(error))
+        sys.exit(1)
     sys.argv = [sys.argv[0], *arguments(sys.argv[1:])]
     hydra.main(version_base="1.3", config_path="pkg://dllmq.conf", config_name="config")(guarded)()
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dllmq.models.tokenizer import render_chat
+
 FIELDS = ("prompt", "question", "text")
 
 
@@ -46,16 +48,14 @@ def encode_prompts(
     and no chat layout brings its own.
 
     Raises:
-        ValueError: BOS is asked for, but the tokenizer has none.
+        ValueError: BOS is asked for, but the tokenizer has none; a chat template that cannot be used.
     """
     bos = [tokenizer.bos_token_id] if add_bos and not chat_template else []
     if None in bos:
         raise ValueError("add_bos=true, but the tokenizer has no BOS token: set model.add_bos=false.")
     if chat_template:
         texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
+            render_chat(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
             for text in texts
         ]
     ids = [bos + list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from dllmq.diffusion import MaskPredictor, apply, denoise, greedy_match, log_likelihoods
 from dllmq.evaluation.settings import EvalSettings
+from dllmq.models.tokenizer import render_chat
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
@@ -303,14 +304,13 @@ class DiffusionLM(LM):
     ) -> str:
         """The messages as one text. Without a generation prompt the last message is left open."""
         self._templated = True  # the template brings BOS
-        text: str = self.tokenizer.apply_chat_template(
+        return render_chat(
+            self.tokenizer,
             chat_history,
             chat_template=self._template(True),
-            tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
-        return text
 
     def _template(self, name: bool | str) -> str:
         templates = self.tokenizer.chat_template

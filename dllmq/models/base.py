@@ -256,10 +256,20 @@ def padding_bias(attention_mask: Tensor | None, dtype: torch.dtype) -> Float[Ten
     return bias.masked_fill_(~keep, torch.finfo(dtype).min)[:, None, None, :]
 
 
-def check_types(config_class: type, known: dict[str, Any]) -> None:
-    """Refuses values of config.json of another type or sign than the fields of `config_class`.
+def shown(value: object, limit: int = 80) -> str:
+    """A value of a file as a message may show it: short, without control characters."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
-    Ids may be 0, other integers are at least 1.
+
+_MOST, _MOST_LAYERS = 2**28, 2**12
+
+
+def check_types(config_class: type, known: dict[str, Any]) -> None:
+    """Refuses values of config.json of another type, sign or size than the fields of `config_class`.
+
+    Ids may be 0, other integers are at least 1. What is allocated or looped over has a largest value far
+    above any model's, so that a damaged or hostile file is refused instead of filling memory.
 
     Raises:
         ValueError: naming config.json, the field and what it must be.
@@ -271,7 +281,9 @@ def check_types(config_class: type, known: dict[str, Any]) -> None:
         else:
             accepted = int if kinds[name] == "int" else (int, float)
             least = 0 if name.endswith("_id") else 1 if kinds[name] == "int" else 0
-            good = isinstance(value, accepted) and not isinstance(value, bool) and value >= least
-            needed = f"{'an integer' if kinds[name] == 'int' else 'a number'} >= {least}"
+            most = _MOST_LAYERS if name.endswith("_layers") else _MOST if kinds[name] == "int" else 1e12
+            good = isinstance(value, accepted) and not isinstance(value, bool) and least <= value <= most
+            limit = f"<= {most}" if isinstance(value, accepted) and value > most else f">= {least}"
+            needed = f"{'an integer' if kinds[name] == 'int' else 'a number'} {limit}"
         if not good:
-            raise ValueError(f"config.json has {name} = {value!r}; it must be {needed}.")
+            raise ValueError(f"config.json has {name} = {shown(value)}; it must be {needed}.")

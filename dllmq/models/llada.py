@@ -105,7 +105,8 @@ class LLaDAConfig:
             and isinstance(raw.get("mlp_ratio"), int | float)
             and "d_model" in known
         ):
-            known["mlp_hidden_size"] = int(raw["mlp_ratio"] * known["d_model"])
+            known["mlp_hidden_size"] = int(min(raw["mlp_ratio"], 1e6) * known["d_model"])
+            check_types(cls, known)
         needed = (
             "d_model",
             "n_layers",

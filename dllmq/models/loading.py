@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 
 import dllmq.models as models_package
+from dllmq.models.base import shown
 from dllmq.models.stored import read_stored
 from dllmq.models.streaming import TensorFiles, stream_blocks
 from dllmq.numerics.layouts import Spec
@@ -92,7 +93,7 @@ def read_config(folder: Path) -> tuple[Any, type]:
         raise ValueError(f"{folder} has no config.json; {_CONTENTS}.")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise ValueError(f"{file} is not valid JSON ({error}): {_AGAIN}.") from error
     table = architectures()
     names = raw.get("architectures") if isinstance(raw, dict) else None
@@ -101,7 +102,7 @@ def read_config(folder: Path) -> tuple[Any, type]:
             config_class, model_class = table[name]
             return config_class.from_dict(raw), model_class
     raise ValueError(
-        f"{file} has architectures = {names or None}; dllmq has {sorted(table)}. The architecture is told by "
+        f"{file} has architectures = {shown(names or None)}; dllmq has {sorted(table)}. The architecture is told by "
         "this list, not by the folder's name."
     )
 
@@ -114,7 +115,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
         if not files:
             raise ValueError(
                 f"{folder} has no *.safetensors file; pickled weights (.bin, .pt) are not read. {_CONTENTS}."
@@ -128,9 +129,9 @@ def weight_files(folder: Path) -> list[Path]:
         ) from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{index} names {name!r}; shards must lie in the folder itself.")
-        if not (folder / name).is_file():
-            raise ValueError(f"{index} names {name}, which is not in {folder}: {_AGAIN}.")
+            raise ValueError(f"{index} names {name!r:.100}; shards must lie in the folder itself.")
+        if not name or "\0" in name or not (folder / name).is_file():
+            raise ValueError(f"{index} names {name!r:.100}, which is not in {folder}: {_AGAIN}.")
     return [folder / name for name in names]
 
 
@@ -157,7 +158,7 @@ def tensor_headers(files: list[Path]) -> dict[str, Header]:
                     view = tensors.get_slice(name)
                     if name in found:
                         raise ValueError(
-                            f"{name} is in both {found[name].file.name} and {file.name}: keep one of the two."
+                            f"{shown(name)} is in both {found[name].file.name} and {file.name}: keep one of the two."
                         )
                     found[name] = Header(tuple(view.get_shape()), view.get_dtype(), file)
         except SafetensorError as error:
@@ -188,13 +189,13 @@ def check_headers(headers: dict[str, Header], expected: dict[str, Spec]) -> None
     for name, header in headers.items():
         if name not in expected:
             raise ValueError(
-                f"{header.file.name} has the tensor {name}, which its config.json does not imply: {_SAME}."
+                f"{header.file.name} has the tensor {shown(name)}, which its config.json does not imply: {_SAME}."
             )
         _check_header(name, header, expected[name])
     missing = sorted(expected.keys() - headers.keys())
     if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise ValueError(f"the checkpoint lacks {shown}, which its config.json implies: {_SAME}.")
+        some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ValueError(f"the checkpoint lacks {some}, which its config.json implies: {_SAME}.")
 
 
 def _check_header(name: str, header: Header, spec: Spec) -> None:

@@ -31,6 +31,25 @@ def load_tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
+def render_chat(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
+    """The messages in the tokenizer's chat template, which transformers renders in a sandbox of Jinja's.
+
+    Args:
+        options: of `apply_chat_template`.
+
+    Raises:
+        ValueError: there is no template, or it fails or asks for what the sandbox does not give.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except Exception as error:  # a template can raise anything
+        first = " ".join(str(error).split())[:200].rstrip(".")
+        raise ValueError(
+            f"the tokenizer's chat template cannot be used ({type(error).__name__}: {first}): set "
+            "tasks.chat_template=false, or use the tokenizer of an instruct checkpoint."
+        ) from error
+
+
 def _read(folder: Path) -> Any:
     """By transformers' own classes.
 

@@ -64,8 +64,9 @@ def sentence(error: Exception) -> str:
 
 
 def complain(text: str) -> None:
-    """One line to stderr."""
-    Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+    """One line to stderr; control characters, which could come from a file, are shown and not obeyed."""
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    Console(stderr=True).print(plain, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def finish_sweep(folder: Path) -> None:
