@@ -102,8 +102,8 @@ def read_config(folder: Path) -> tuple[Any, type]:
             config_class, model_class = table[name]
             return config_class.from_dict(raw), model_class
     raise ValueError(
-        f"{file} has architectures = {shown(names or None)}; dllmq has {sorted(table)}. The architecture is told by "
-        "this list, not by the folder's name."
+        f"{file} has architectures = {shown(names or None)}; dllmq has {sorted(table)}. The architecture is "
+        "told by this list, not by the folder's name."
     )
 
 
@@ -158,7 +158,8 @@ def tensor_headers(files: list[Path]) -> dict[str, Header]:
                     view = tensors.get_slice(name)
                     if name in found:
                         raise ValueError(
-                            f"{shown(name)} is in both {found[name].file.name} and {file.name}: keep one of the two."
+                            f"{shown(name)} is in both {found[name].file.name} and {file.name}: keep one of "
+                            "the two."
                         )
                     found[name] = Header(tuple(view.get_shape()), view.get_dtype(), file)
         except SafetensorError as error:
@@ -189,7 +190,8 @@ def check_headers(headers: dict[str, Header], expected: dict[str, Spec]) -> None
     for name, header in headers.items():
         if name not in expected:
             raise ValueError(
-                f"{header.file.name} has the tensor {shown(name)}, which its config.json does not imply: {_SAME}."
+                f"{header.file.name} has the tensor {shown(name)}, which its config.json does not imply: "
+                f"{_SAME}."
             )
         _check_header(name, header, expected[name])
     missing = sorted(expected.keys() - headers.keys())
