@@ -42,7 +42,7 @@ from dllmq.methods.base import GroupUpdate, check_weight, naming
 from dllmq.models.base import LinearGroup
 from dllmq.numerics import Grid, Params, QuantizedTensor, fit
 from dllmq.numerics.grid import PER_ROW
-from dllmq.numerics.linalg import damped_inverse_cholesky, fill_dead_channels, subtract_product
+from dllmq.numerics.linalg import add_product, damped_inverse_cholesky, fill_dead_channels
 
 LEAF = 8  # columns solved one by one: fewer cost more products, more cost slower rank-1 updates
 FUSED = 128  # at most, by one kernel on a GPU
@@ -100,10 +100,11 @@ def gptq_solve(
             "collect it on this layer's own inputs."
         )
     H, dead = fill_dead_channels(H)
-    W = W.detach().float().masked_fill(dead, 0.0)
+    Wt = W.detach().float().T.clone(memory_format=torch.contiguous_format)  # [I, O]
+    Wt.masked_fill_(dead[:, None], 0.0)
     dynamic = grid.group_size > 0 and not static_groups
-    params = None if dynamic else fit(W, grid)
-    Wt, order = W.T.contiguous(), torch.arange(I, device=W.device)
+    params = None if dynamic else fit(Wt.T, grid)
+    order = torch.arange(I, device=W.device)
     if act_order:
         order = torch.argsort(H.diagonal(), descending=True, stable=True)
         Wt, H = Wt[order], H[order][:, order]
@@ -158,7 +159,7 @@ def solve_columns(
         unit = g if dynamic and last - first > g else width  # a group is never cut before it is fitted
         half = first + unit * -(-(last - first) // (2 * unit))
         columns(first, half)
-        subtract_product(Wt[half:last], U[first:half, half:last].T, Wt[first:half])
+        add_product(Wt[half:last], U[first:half, half:last].T, Wt[first:half], -1.0)
         columns(half, last)
 
     columns(0, I)
@@ -191,10 +192,10 @@ def solve_block(
     """
     E, q = torch.empty_like(Wt), torch.empty_like(Wt)  # q without its zero
     lows, highs = low - zero, high - zero
-    for i, (w, s) in enumerate(zip(Wt, scale, strict=True)):
-        w.addmv_(E[:i].T, U[:i, i], alpha=-1)
-        torch.div(w, s, out=q[i]).round_().clamp_(lows[i], highs[i])
-        torch.addcmul(w, q[i], s, value=-1, out=E[i]).div_(U[i, i])
+    for i, (w, u, s, code) in enumerate(zip(Wt, U.T, scale, q, strict=True)):
+        w.addmv_(E[:i].T, u[:i], alpha=-1)
+        torch.div(w, s, out=code).round_().clamp_(lows[i], highs[i])
+        torch.addcmul(w, code, s, value=-1, out=E[i]).div_(u[i])
     return q.add_(zero).to(torch.int8 if symmetric else torch.uint8), E
 
 

@@ -36,25 +36,41 @@ def product(A: Float[Tensor, "M K"], B: Float[Tensor, "K N"]) -> Float[Tensor, "
     return result
 
 
-def subtract_product(C: Float[Tensor, "M N"], A: Float[Tensor, "M K"], B: Float[Tensor, "K N"]) -> None:
-    """C <- C - A B in place."""
+def all_finite(x: Tensor) -> bool:
+    """Whether x holds neither NaN nor Inf; its extremes tell, in a tenth of the time of looking at each."""
+    return x.numel() == 0 or bool(torch.isfinite(torch.stack([x.amin(), x.amax()])).all())
+
+
+def add_product(
+    C: Float[Tensor, "M N"], A: Float[Tensor, "M K"], B: Float[Tensor, "K N"], alpha: float = 1.0
+) -> None:
+    """C <- C + alpha A B in place."""
     if min(*A.shape, B.shape[1]) >= SMALLEST:
-        C -= product(A, B)
+        C.add_(product(A, B), alpha=alpha)
     else:
-        C.addmm_(A, B, alpha=-1)
+        C.addmm_(A, B, alpha=alpha)
 
 
-def symmetric_product(A: Float[Tensor, "M K"]) -> Float[Tensor, "M M"]:
-    """A A^T: the lower half of the result is computed, the upper one copied."""
-    M = len(A)
+def add_square(C: Float[Tensor, "M M"], A: Float[Tensor, "M K"], alpha: float = 1.0) -> None:
+    """C <- C + alpha A A^T in place, its lower half: what is right of diagonal tiles stays as it is."""
+    M = len(C)
     if M <= TILE:
-        return product(A, A.T)
-    C, half = A.new_empty(M, M), M // 2
-    C[:half, :half] = symmetric_product(A[:half])
-    C[half:, half:] = symmetric_product(A[half:])
-    C[half:, :half] = product(A[half:], A[:half].T)
-    C[:half, half:] = C[half:, :half].T
-    return C
+        return add_product(C, A, A.T, alpha)
+    half = M // 2
+    add_square(C[:half, :half], A[:half], alpha)
+    add_product(C[half:, :half], A[half:], A[:half].T, alpha)
+    add_square(C[half:, half:], A[half:], alpha)
+
+
+def mirror(C: Float[Tensor, "M M"]) -> None:
+    """Copies the lower half of C onto the upper one."""
+    M = len(C)
+    if M <= TILE:
+        return
+    half = M // 2
+    mirror(C[:half, :half])
+    C[:half, half:] = C[half:, :half].contiguous().T
+    mirror(C[half:, half:])
 
 
 def split_gram(A: Float[Tensor, "N I"]) -> Float[Tensor, "I I"]:
@@ -75,19 +91,15 @@ def _bf16_product(A: Tensor, B: Tensor) -> Tensor:
     return A.float() @ B.float()
 
 
-def triangular_product(T: Float[Tensor, "M M"], X: Float[Tensor, "M N"], upper: bool) -> Float[Tensor, "M N"]:
-    """T X for a triangular T; most of its zeros are not multiplied."""
+def upper_product(T: Float[Tensor, "M M"], X: Float[Tensor, "M N"]) -> Float[Tensor, "M N"]:
+    """T X for an upper triangular T; most of its zeros are not multiplied."""
     M = len(T)
     if M <= TILE:
         return product(T, X)
     half = M // 2
-    top = triangular_product(T[:half, :half], X[:half], upper)
-    bottom = triangular_product(T[half:, half:], X[half:], upper)
-    if upper:
-        top += product(T[:half, half:], X[half:])
-    else:
-        bottom += product(T[half:, :half], X[:half])
-    return torch.cat([top, bottom])
+    top = upper_product(T[:half, :half], X[:half])
+    add_product(top, T[:half, half:], X[half:])
+    return torch.cat([top, upper_product(T[half:, half:], X[half:])])
 
 
 def weighted_gram(X: Float[Tensor, "N I"], c: Float[Tensor, " N"] | None = None) -> Float[Tensor, "I I"]:
@@ -114,7 +126,10 @@ def weighted_gram(X: Float[Tensor, "N I"], c: Float[Tensor, " N"] | None = None)
         A = A * c.float().sqrt()[:, None]
     if X.is_cuda and X.dtype == torch.bfloat16:
         return split_gram(A).mul_(2)
-    return symmetric_product(A.T.contiguous()).mul_(2)
+    H = A.new_zeros(A.shape[1], A.shape[1])
+    add_square(H, A.T.contiguous(), 2.0)
+    mirror(H)
+    return H
 
 
 def fill_dead_channels(H: Float[Tensor, "I I"]) -> tuple[Float[Tensor, "I I"], Bool[Tensor, " I"]]:
@@ -130,7 +145,7 @@ def fill_dead_channels(H: Float[Tensor, "I I"]) -> tuple[Float[Tensor, "I I"], B
         SingularHessianError: every channel is dead.
     """
     H = H.float().clone()
-    if not bool(torch.isfinite(H).all()):
+    if not all_finite(H):
         raise ValueError(
             "the Hessian holds NaN or Inf, but it must be finite: the activations overflowed during "
             "calibration; calibrate in float32 or bfloat16."
@@ -175,10 +190,14 @@ def damped_inverse_cholesky(H: Float[Tensor, "I I"], damp: float) -> Float[Tenso
 
 
 def _invert_factor(H: Float[Tensor, "M M"], U: Float[Tensor, "M M"]) -> Int[Tensor, ""]:
-    """Fills U = R^-1, where R R^T = H and R is upper triangular; not 0 if H has no such R. Destroys H.
+    """Fills U = R^-1, where R R^T = H and R is upper triangular; not 0 if H has no such R.
 
     On halves, R R^T = H reads  R_22 R_22^T = H_22,  R_12 = H_12 U_22^T,  R_11 R_11^T = H_11 - R_12 R_12^T,
     and the inverse of R has U_12 = -U_11 R_12 U_22 beside the inverses of its diagonal blocks.
+
+    Args:
+        H: its lower half and diagonal tiles are read and destroyed.
+        U: zeros.
     """
     M = len(H)
     if M <= LEAF:
@@ -187,11 +206,9 @@ def _invert_factor(H: Float[Tensor, "M M"], U: Float[Tensor, "M M"]) -> Int[Tens
         U.copy_(torch.linalg.solve_triangular(L.flip(0, 1), eye, upper=True))
         return failed
     half = M // 2
-    U_11, U_22 = U[:half, :half], U[half:, half:]
-    failed = _invert_factor(H[half:, half:], U_22)
-    R_12 = triangular_product(U_22, H[half:, :half], upper=True).T.contiguous()
-    H[:half, :half] -= symmetric_product(R_12)
-    failed = failed | _invert_factor(H[:half, :half], U_11)
-    below = triangular_product(U_11, R_12, upper=True)
-    U[:half, half:] = triangular_product(U_22.T, below.T, upper=False).T.neg_()
+    failed = _invert_factor(H[half:, half:], U[half:, half:])
+    R_12 = upper_product(U[half:, half:], H[half:, :half]).T.contiguous()
+    add_square(H[:half, :half], R_12, -1.0)
+    failed = failed | _invert_factor(H[:half, :half], U[:half, :half])
+    U[:half, half:] = product(upper_product(U[:half, :half], R_12), U[half:, half:]).neg_()
     return failed
