@@ -15,6 +15,7 @@ from dllmq.numerics.linalg import weighted_gram
 
 BUFFER_ELEMENTS = 2**24  # of the inputs that wait for their place in the Gram matrix: 64 MiB in fp32
 
+
 @dataclass(frozen=True)
 class GroupInput:
     """The raw input of a group in one batch of states, for losses that need it."""

@@ -103,7 +103,9 @@ def search_scale(
     W, X, c = _tokens(W, X, token_weight)
     mean_abs = (X.abs() * c[:, None]).sum(0) / c.sum()
 
-    return search_ratio(mean_abs, linear_loss([W], weighted_gram(X, c), grid) if loss is None else loss, n_grid)
+    return search_ratio(
+        mean_abs, linear_loss([W], weighted_gram(X, c), grid) if loss is None else loss, n_grid
+    )
 
 
 def search_ratio(

@@ -77,7 +77,7 @@ def gptq_solve(
         W: weight.
         H: Hessian of the layer's squared error, any positive multiple of it; J = I.
         grid: of the codes; one scale per row, tensor or group of columns.
-        block_size: most columns that are solved one after another, the rest being matrix products; speed only.
+        block_size: at most so many columns are solved one after another (on a CPU, 8); speed only.
         damp: share of the mean diagonal of H (over live channels) added to the diagonal.
         act_order: quantize columns by descending diag(H).
         static_groups: fit the groups' scales on the original W instead of when their turn comes. Only matters

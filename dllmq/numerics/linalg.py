@@ -204,11 +204,11 @@ def _invert_factor(H: Float[Tensor, "M M"], U: Float[Tensor, "M M"]) -> Int[Tens
         L, failed = torch.linalg.cholesky_ex(H.flip(0, 1))  # of H with rows and columns reversed: R = flip(L)
         eye = torch.eye(M, dtype=H.dtype, device=H.device)
         U.copy_(torch.linalg.solve_triangular(L.flip(0, 1), eye, upper=True))
-        return failed
+        return torch.as_tensor(failed)
     half = M // 2
-    failed = _invert_factor(H[half:, half:], U[half:, half:])
+    failed_22 = _invert_factor(H[half:, half:], U[half:, half:])
     R_12 = upper_product(U[half:, half:], H[half:, :half]).T.contiguous()
     add_square(H[:half, :half], R_12, -1.0)
-    failed = failed | _invert_factor(H[:half, :half], U[:half, :half])
+    failed_11 = _invert_factor(H[:half, :half], U[:half, :half])
     U[:half, half:] = product(upper_product(U[:half, :half], R_12), U[half:, half:]).neg_()
-    return failed
+    return failed_11 + failed_22

@@ -98,7 +98,7 @@ def test_equals_the_textbook(group_size: int, act_order: bool, static: bool, sym
 def column_by_column(
     W: Tensor, U: Tensor, params: Params, group_of: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor]:
-    """Algorithm 1 without blocks, in W's own precision: a column, its error, all columns behind it. Codes, E."""
+    """Codes and errors of Algorithm 1 without blocks, in W's own precision: a column, then all behind it."""
     W, codes, E = W.clone(), torch.empty_like(W), torch.empty_like(W)
     for i in range(W.shape[1]):
         at = 0 if params.scale.shape[1] == 1 else int(group_of[i])
@@ -140,7 +140,9 @@ def test_recursion_equals_column_by_column_in_double(
     W = torch.randn(70, 208, generator=rng, dtype=torch.float64)
     U = torch.linalg.cholesky(torch.linalg.inv(X.T @ X + 6 * torch.eye(208)), upper=True)
     grid = Grid(4, group_size, symmetric)
-    params = fit(0.99 * W, grid)  # no value half-way between two codes: the range's own end is, on symmetric grids
+    params = fit(
+        0.99 * W, grid
+    )  # no value half-way between two codes: the range's own end is, on symmetric grids
     group_of = torch.randperm(208, generator=rng) // 16  # as act_order with static groups has it
     codes, E = column_by_column(W, U, params, group_of, grid)
     Wt = W.T.contiguous()
@@ -242,7 +244,10 @@ def test_block_solver_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(solver, "fused_solve_block", lambda: fused)
-    assert solver.block_solver(cpu, 128) == (solve_block, 8) and solver.block_solver(cpu, 5) == (solve_block, 5)
+    assert solver.block_solver(cpu, 128) == (solve_block, 8) and solver.block_solver(cpu, 5) == (
+        solve_block,
+        5,
+    )
     assert solver.block_solver(cuda, 256) == (fused, 128) and solver.block_solver(cuda, 32) == (fused, 32)
     monkeypatch.setattr(solver, "fused_solve_block", lambda: None)
     assert solver.block_solver(cuda, 128) == (solve_block, 8)
