@@ -201,10 +201,11 @@ def _invert_factor(H: Float[Tensor, "M M"], U: Float[Tensor, "M M"]) -> Int[Tens
     """
     M = len(H)
     if M <= LEAF:
+        failed: Tensor
         L, failed = torch.linalg.cholesky_ex(H.flip(0, 1))  # of H with rows and columns reversed: R = flip(L)
         eye = torch.eye(M, dtype=H.dtype, device=H.device)
         U.copy_(torch.linalg.solve_triangular(L.flip(0, 1), eye, upper=True))
-        return torch.as_tensor(failed)
+        return failed
     half = M // 2
     failed_22 = _invert_factor(H[half:, half:], U[half:, half:])
     R_12 = upper_product(U[half:, half:], H[half:, :half]).T.contiguous()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_llada import tiny_model
 from torch import Tensor
 
 from dllmq.calibration.stats import GroupInput, GroupStats, collect
@@ -22,7 +23,7 @@ from dllmq.methods.awq import (
 )
 from dllmq.methods.gptq import gptq_solve
 from dllmq.methods.rtn import round_to_nearest, rtn
-from dllmq.models.base import LinearGroup
+from dllmq.models.base import LinearGroup, linear_group
 from dllmq.numerics import Grid, fake_quant
 
 I = 16
@@ -120,6 +121,24 @@ def test_loss_at_a_linear_output_equals_running_it(grid: Grid) -> None:
     ]
     torch.testing.assert_close(searched[0].losses, searched[1].losses, rtol=1e-4, atol=0)
     assert searched[0].ratio == searched[1].ratio > 0
+
+
+def test_a_models_groups_say_whose_output_is_linear() -> None:
+    """Attention output and down-projection are judged at their own outputs, as running the block shows."""
+    model, X = tiny_model(), {32: torch.randn(2, 6, 32), 48: torch.randn(2, 6, 48)}
+    linear = []
+    for row in model.topology.groups:
+        group = linear_group(model, 0, row)
+        inputs = X[next(iter(group.weights.values())).shape[1]]
+        batch = GroupInput(inputs, torch.rand(2, 6), torch.ones(2, 6, dtype=torch.bool))
+        if group.inspects_itself:
+            linear.append(row.name)
+            s = torch.rand(inputs.shape[-1]) + 0.5
+            fast, run = (
+                module_loss(g, [batch], Grid(3))(s) for g in (group, replace(group, inspects_itself=False))
+            )
+            assert fast == pytest.approx(run, rel=1e-4) and fast > 0
+    assert linear == ["attn_out", "down"]
 
 
 def _never(*_: object) -> Tensor:
