@@ -26,7 +26,7 @@ group size, G groups in a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -34,12 +34,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllmq.calibration.stats import GroupInput, GroupStats
+from dllmq.calibration.stats import GroupInput, GroupStats, collect
 from dllmq.methods.base import GroupUpdate, check_weight, naming
 from dllmq.methods.gptq import GPTQ, solve_group
 from dllmq.methods.rtn import round_to_nearest
 from dllmq.models.base import LinearGroup
 from dllmq.numerics import Grid, QuantizedTensor, fake_quant
+from dllmq.numerics.linalg import product, weighted_gram
 
 CLIP_RATIOS = tuple(1 - i / 20 for i in range(10))  # 1.00, 0.95, ... 0.55
 CLIP_TOKENS = 512
@@ -102,10 +103,9 @@ def search_scale(
     W, X, c = _tokens(W, X, token_weight)
     mean_abs = (X.abs() * c[:, None]).sum(0) / c.sum()
 
-    def layer_loss(s: Tensor) -> float:
-        return output_error(scaled_rounding(W, s, grid) - W, X, c)
-
-    return search_ratio(mean_abs, layer_loss if loss is None else loss, n_grid)
+    return search_ratio(
+        mean_abs, linear_loss([W], weighted_gram(X, c), grid) if loss is None else loss, n_grid
+    )
 
 
 def search_ratio(
@@ -139,17 +139,28 @@ def scaled_rounding(W: Float[Tensor, "O I"], s: Float[Tensor, " I"], grid: Grid)
     return fake_quant(W * s, grid) / s
 
 
-def output_error(D: Float[Tensor, "O I"], X: Float[Tensor, "N I"], c: Float[Tensor, " N"]) -> float:
-    """sum_j c_j ||D x_j||^2, in chunks of tokens, added up in double precision."""
-    rows = max(1, CHUNK_ELEMENTS // D.shape[0])
-    chunks = zip(torch.split(X, rows), torch.split(c, rows), strict=True)
-    return sum(weighted_square(x @ D.T, weight) for x, weight in chunks)
+def linear_loss(weights: Iterable[Tensor], H: Float[Tensor, "I I"], grid: Grid) -> Callable[[Tensor], float]:
+    """s -> sum_j c_j ||(Q(W s) / s - W) x_j||^2 at the linears' own outputs, added up over the weights.
+
+    Equal to tr(D H D^T) / 2 with D = Q(W s) / s - W and H = 2 sum_j c_j x_j x_j^T: one product with H for
+    each s, however many tokens there are.
+    """
+
+    def loss(s: Tensor) -> float:
+        return sum(output_error(scaled_rounding(W, s, grid) - W, H) for W in weights)
+
+    return loss
 
 
-def weighted_square(D: Float[Tensor, "*tokens O"], c: Float[Tensor, "*tokens"]) -> float:
+def output_error(D: Float[Tensor, "O I"], H: Float[Tensor, "I I"]) -> float:
+    """sum_j c_j ||D x_j||^2 = tr(D H D^T) / 2, added up over output channels in double precision."""
+    return float(product(D, H).mul_(D).sum(1).sum(dtype=torch.float64)) / 2
+
+
+def weighted_square(D: Float[Tensor, "*tokens O"], c: Float[Tensor, "*tokens"]) -> Float[Tensor, ""]:
     """sum_j c_j ||d_j||^2; a token of weight 0 (a pad) counts nothing even where d_j is NaN."""
     square = D.float().square().sum(-1)
-    return float((square * c).masked_fill(c == 0, 0.0).sum(dtype=torch.float64))
+    return (square * c).masked_fill(c == 0, 0.0).sum(dtype=torch.float64)
 
 
 def search_clip(
@@ -171,11 +182,11 @@ def search_clip(
     check_weight(W, grid)
     W, X, c = _tokens(W, X, token_weight)
     read = spaced(c, CLIP_TOKENS)
+    errors = _group_errors(X[read], c[read], grid)
     candidates = torch.tensor(CLIP_RATIOS, device=W.device)
 
     def loss(a: Tensor) -> Tensor:
-        D = fake_quant(clip_range(W, a.expand(1, grid.groups(W.shape[1])), grid), grid) - W
-        return _group_errors(D, X[read], c[read], grid)
+        return errors(fake_quant(clip_range(W, a.expand(1, grid.groups(W.shape[1])), grid), grid) - W)
 
     losses = torch.stack([loss(a) for a in candidates])
     return ClipSearch(candidates[losses.argmin(0)], losses)  # argmin: the first of equals, which clips least
@@ -198,14 +209,28 @@ def spaced(c: Float[Tensor, " N"], limit: int) -> Int[Tensor, " n"]:
     return live[torch.arange(n, device=c.device) * len(live) // n]
 
 
-def _group_errors(D: Tensor, X: Tensor, c: Tensor, grid: Grid) -> Float[Tensor, "R G"]:
-    """sum_j c_j (d_og . x_jg)^2 for each output channel o and group g, in chunks of output channels."""
-    G, N = grid.groups(D.shape[1]), len(X)
-    D = D.reshape(len(D), G, -1).transpose(0, 1)  # [G, O, g]
-    X = X.reshape(N, G, -1).permute(1, 2, 0)  # [G, g, N]
-    rows = max(1, CHUNK_ELEMENTS // (G * N))
-    errors = torch.cat([(d @ X).square() @ c for d in torch.split(D, rows, dim=1)], dim=1).T  # [O, G]
-    return errors.sum(0, keepdim=True) if grid.group_size == 0 else errors
+def _group_errors(
+    X: Float[Tensor, "N I"], c: Float[Tensor, " N"], grid: Grid
+) -> Callable[[Tensor], Float[Tensor, "R G"]]:
+    """D -> sum_j c_j (d_og . x_jg)^2 for each output channel o and group g, in chunks of output channels.
+
+    With fewer channels in a group than tokens it is d_og M_g d_og^T, M_g = sum_j c_j x_jg x_jg^T.
+    """
+    N, G = len(X), grid.groups(X.shape[1])
+    X = X.reshape(N, G, -1).transpose(0, 1)  # [G, N, g]
+    g = X.shape[2]
+    M = (X * c[:, None]).transpose(1, 2) @ X if g < N else None  # [G, g, g]
+
+    def of(d: Tensor) -> Tensor:
+        """Errors [G, o] of d [G, o, g]."""
+        return (d @ X.transpose(1, 2)).square() @ c if M is None else (d @ M).mul_(d).sum(-1)
+
+    def errors(D: Float[Tensor, "O I"]) -> Float[Tensor, "R G"]:
+        parts = torch.split(D.reshape(len(D), G, g), max(1, CHUNK_ELEMENTS // (G * min(g, N))))
+        found = torch.cat([of(d.transpose(0, 1)) for d in parts], dim=1).T  # [O, G]
+        return found.sum(0, keepdim=True) if grid.group_size == 0 else found
+
+    return errors
 
 
 def _tokens(W: Tensor, X: Tensor, token_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -318,15 +343,24 @@ class AWQ:
 
 
 def module_loss(group: LinearGroup, inputs: Sequence[GroupInput], grid: Grid) -> Callable[[Tensor], float]:
-    """s -> sum_j c_j ||f(Q(W s) / s; x_j) - f(W; x_j)||^2 with f the group's inspected module."""
+    """s -> sum_j c_j ||f(Q(W s) / s; x_j) - f(W; x_j)||^2 with f the group's inspected module.
+
+    f runs on all inputs for each s, except where it is the linears themselves (`linear_loss`).
+    """
     weights = group.weights
+    if group.inspects_itself:
+        H = collect(frozenset({"gram"}), list(inputs)).gram
+        assert H is not None, "there are inputs"
+        return linear_loss(weights.values(), H, grid)
     targets = [group.inspect(weights, batch.X, batch.valid) for batch in inputs]
 
     def loss(s: Tensor) -> float:
-        candidate = {name: scaled_rounding(W, s, grid) for name, W in weights.items()}
-        outputs = (group.inspect(candidate, batch.X, batch.valid) for batch in inputs)
-        errors = ((Y.float() - target.float()) for Y, target in zip(outputs, targets, strict=True))
-        return sum(weighted_square(D, batch.weight) for D, batch in zip(errors, inputs, strict=True))
+        candidate = {name: scaled_rounding(W, s, grid).to(inputs[0].X.dtype) for name, W in weights.items()}
+        total = torch.zeros((), dtype=torch.float64, device=s.device)
+        for batch, target in zip(inputs, targets, strict=True):
+            Y = group.inspect(candidate, batch.X, batch.valid)
+            total += weighted_square(Y.float() - target.float(), batch.weight)
+        return float(total)
 
     return loss
 

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dllmq.calibration.stats import GroupStats
 from dllmq.models.base import LinearGroup
 from dllmq.numerics import Grid, QuantizedTensor
+from dllmq.numerics.linalg import all_finite
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def check_weight(W: Tensor, grid: Grid) -> None:
     """
     if W.dim() != 2:
         raise ValueError(f"the weight has shape {list(W.shape)}, but it must be [O, I]: pass one matrix.")
-    if not bool(torch.isfinite(W).all()):
+    if not all_finite(W):
         raise ValueError("the weight holds NaN or Inf, but it must be finite: check the checkpoint.")
     grid.groups(W.shape[1])
 

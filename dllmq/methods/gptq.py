@@ -3,10 +3,12 @@
 Minimises ||W X - W_hat X||^2 (eq. 1; with token weights c_j on the squared errors, in H alone). With
 U^T U = (H + damping)^-1, U upper triangular, column i is
 
-    q_i = quant(w_i),   e = (w_i - q_i) / U_ii,   w_j <- w_j - e U_ij  for j > i     (eq. 2, 3, Algorithm 1)
+    q_i = quant(w_i),   e_i = (w_i - q_i) / U_ii,   w_j <- w_j - e_i U_ij  for j > i   (eq. 2, 3, Algorithm 1)
 
-Blocks of B columns are finished before their errors reach the columns behind them, all at once (step 2); that
-changes the speed, not the result.
+Errors reach the columns behind them late, many at once (step 2 of the paper); that changes the speed, not the
+result. The paper does it block by block. Here it is recursive: the first half of the columns is solved, all
+its errors reach the second half in one matrix product, the second half is solved. Halves end at a few
+columns, which are solved one by one. Weights are held transposed: a column of W is a row in memory.
 
 Where the paper is silent, and where we differ from the authors' code (IST-DASLab/gptq):
 - dead channels (H_ii = 0): W[:, i] = 0 before any scale is fitted (they: after the per-channel fit), and
@@ -18,13 +20,18 @@ Where the paper is silent, and where we differ from the authors' code (IST-DASLa
 - act_order: descending diag(H), stable, so ties keep their order.
 - a failed Cholesky factorization raises with remedies; it never falls back to rounding.
 
-Legend: W [O, I], H = 2 sum_j c_j x_j x_j^T [I, I], U as above, E errors of a block [O, B], g group size.
+Legend: W [O, I], Wt its transpose, H = 2 sum_j c_j x_j x_j^T [I, I], U as above, q codes, s scale, z zero,
+E errors e_i [B, O] of B columns, g group size.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -33,8 +40,13 @@ from torch import Tensor
 from dllmq.calibration.stats import GroupStats
 from dllmq.methods.base import GroupUpdate, check_weight, naming
 from dllmq.models.base import LinearGroup
-from dllmq.numerics import Grid, Params, QuantizedTensor, dequantize, fit, quantize
-from dllmq.numerics.linalg import damped_inverse_cholesky, fill_dead_channels
+from dllmq.numerics import Grid, Params, QuantizedTensor, fit
+from dllmq.numerics.grid import PER_ROW
+from dllmq.numerics.linalg import add_product, damped_inverse_cholesky, fill_dead_channels
+
+LEAF = 8  # columns solved one by one: fewer cost more products, more cost slower rank-1 updates
+FUSED = 128  # at most, by one kernel on a GPU
+BlockSolver = Callable[[Tensor, Tensor, Tensor, Tensor, int, int, bool], tuple[Tensor, Tensor]]
 
 
 def gptq(
@@ -65,7 +77,7 @@ def gptq_solve(
         W: weight.
         H: Hessian of the layer's squared error, any positive multiple of it; J = I.
         grid: of the codes; one scale per row, tensor or group of columns.
-        block_size: columns whose errors reach the rest of W at once; speed only.
+        block_size: at most so many columns are solved one after another (on a CPU, 8); speed only.
         damp: share of the mean diagonal of H (over live channels) added to the diagonal.
         act_order: quantize columns by descending diag(H).
         static_groups: fit the groups' scales on the original W instead of when their turn comes. Only matters
@@ -88,32 +100,36 @@ def gptq_solve(
             "collect it on this layer's own inputs."
         )
     H, dead = fill_dead_channels(H)
-    W = W.float().masked_fill(dead, 0.0)
+    Wt = W.detach().float().T.clone(memory_format=torch.contiguous_format)  # [I, O]
+    Wt.masked_fill_(dead[:, None], 0.0)
+    dynamic = grid.group_size > 0 and not static_groups
+    params = None if dynamic else fit(Wt.T, grid)
     order = torch.arange(I, device=W.device)
     if act_order:
         order = torch.argsort(H.diagonal(), descending=True, stable=True)
-    U = damped_inverse_cholesky(H[order][:, order], damp)
+        Wt, H = Wt[order], H[order][:, order]
+    U = damped_inverse_cholesky(H, damp)
 
-    dynamic = grid.group_size > 0 and not static_groups
-    params = None if dynamic else fit(W, grid)
     width = grid.group_size if grid.group_size > 0 else I
     group_of = (torch.arange(I, device=W.device) if dynamic else order) // width  # [I], in processing order
-    codes, params = solve_columns(W[:, order], U, grid, params, group_of, block_size)
+    codes, params = solve_columns(Wt, U, grid, params, group_of, block_size)
 
-    back = torch.argsort(order)
-    group_index = group_of[back] if dynamic and act_order else None
-    return QuantizedTensor(codes[:, back], params.scale, params.zero, grid, group_index)
+    group_index = None
+    if act_order:
+        back = torch.argsort(order)
+        codes, group_index = codes[back], group_of[back] if dynamic else None
+    return QuantizedTensor(codes.T.contiguous(), params.scale, params.zero, grid, group_index)
 
 
 def solve_columns(
-    W: Float[Tensor, "O I"],
+    Wt: Float[Tensor, "I O"],
     U: Float[Tensor, "I I"],
     grid: Grid,
     params: Params | None,
     group_of: Int[Tensor, " I"],
     block_size: int,
-) -> tuple[Integer[Tensor, "O I"], Params]:
-    """GPTQ's loop (Algorithm 1) over columns that are already in processing order. Destroys W.
+) -> tuple[Integer[Tensor, "I O"], Params]:
+    """Algorithm 1 over columns that are already in processing order. Wt ends as the errors E of all columns.
 
     Args:
         params: scales [O, G], fitted beforehand; None fits group i // g when column i starts it.
@@ -122,31 +138,80 @@ def solve_columns(
     Returns:
         Codes and the scales they belong to.
     """
-    O, I = W.shape
-    column = replace(grid, group_size=-1)  # of one column, or of one group's columns
-    dynamic = params is None
+    I, O = Wt.shape
+    dynamic, g = params is None, grid.group_size
     if params is None:
-        params = Params(W.new_ones(O, grid.groups(I)), W.new_zeros(O, grid.groups(I)))
-    scale, zero, groups = params.scale, params.zero, group_of.tolist()
-    codes = torch.empty(O, I, dtype=grid.dtype, device=W.device)
-    for start in range(0, I, block_size):
-        stop = min(start + block_size, I)
-        block = W[:, start:stop].clone()
-        E = torch.zeros_like(block)
-        for i in range(start, stop):
-            k, group = i - start, slice(groups[i], groups[i] + 1)
-            if dynamic and i % grid.group_size == 0:
-                end = i + grid.group_size
-                behind = W[:, stop:end] - E[:, :k] @ U[start:i, stop:end]  # beyond the block, often empty
-                fitted = fit(torch.cat([block[:, k : k + grid.group_size], behind], dim=1), column)
-                scale[:, group], zero[:, group] = fitted.scale, fitted.zero
-            w, s_z = block[:, k : k + 1], Params(scale[:, group], zero[:, group])
-            q = quantize(w, s_z, column)
-            e = (w - dequantize(q, s_z, column)) / U[i, i]
-            block[:, k + 1 :] -= e * U[i, i + 1 : stop]
-            codes[:, i : i + 1], E[:, k : k + 1] = q, e
-        W[:, stop:] -= E @ U[start:stop, stop:]
+        params = Params(Wt.new_ones(O, grid.groups(I)), Wt.new_zeros(O, grid.groups(I)))
+    scale, zero = params
+    codes = torch.empty(I, O, dtype=grid.dtype, device=Wt.device)
+    solve, width = block_solver(Wt.device, min(block_size, g) if dynamic else block_size)
+
+    def columns(first: int, last: int) -> None:
+        """Solves columns [first, last), which carry every error made before `first`."""
+        now = slice(first, last)
+        if dynamic and last - first == g:
+            fitted = fit(Wt[now].T, replace(grid, group_size=PER_ROW))
+            scale[:, first // g], zero[:, first // g] = fitted.scale[:, 0], fitted.zero[:, 0]
+        if last - first <= width:
+            s, z = (of_columns(t, group_of[now], O) for t in params)
+            codes[now], Wt[now] = solve(Wt[now], U[now, now], s, z, grid.low, grid.high, grid.symmetric)
+            return
+        unit = g if dynamic and last - first > g else width  # a group is never cut before it is fitted
+        half = first + unit * -(-(last - first) // (2 * unit))
+        columns(first, half)
+        add_product(Wt[half:last], U[first:half, half:last].T, Wt[first:half], -1.0)
+        columns(half, last)
+
+    columns(0, I)
     return codes, params
+
+
+def of_columns(t: Float[Tensor, "#O G"], group_of: Int[Tensor, " B"], O: int) -> Float[Tensor, "B O"]:
+    """Scale or zero of each of B columns, in all rows."""
+    return t.T.expand(len(group_of), O) if t.shape[1] == 1 else t.T[group_of]
+
+
+def solve_block(
+    Wt: Float[Tensor, "B O"],
+    U: Float[Tensor, "B B"],
+    scale: Float[Tensor, "B O"],
+    zero: Float[Tensor, "B O"],
+    low: int,
+    high: int,
+    symmetric: bool,
+) -> tuple[Integer[Tensor, "B O"], Float[Tensor, "B O"]]:
+    """Algorithm 1's inner loop: column i is compensated for the errors of the block's columns before it,
+    w_i - sum_k<i e_k U_ki, and rounded. Wt becomes the compensated columns.
+
+    Args:
+        low, high: smallest and largest code.
+        symmetric: signed codes (int8), all zeros 0; otherwise uint8.
+
+    Returns:
+        Codes q and errors e.
+    """
+    E, q = torch.empty_like(Wt), torch.empty_like(Wt)  # q without its zero
+    lows, highs = low - zero, high - zero
+    for i, (w, u, s, code) in enumerate(zip(Wt, U.T, scale, q, strict=True)):
+        w.addmv_(E[:i].T, u[:i], alpha=-1)
+        torch.div(w, s, out=code).round_().clamp_(lows[i], highs[i])
+        torch.addcmul(w, code, s, value=-1, out=E[i]).div_(u[i])
+    return q.add_(zero).to(torch.int8 if symmetric else torch.uint8), E
+
+
+def block_solver(device: torch.device, block_size: int) -> tuple[BlockSolver, int]:
+    """How a block is solved on a device, and its width: fused in one kernel on a GPU, else `solve_block`."""
+    fused = fused_solve_block() if device.type == "cuda" else None
+    return (solve_block, min(block_size, LEAF)) if fused is None else (fused, min(block_size, FUSED))
+
+
+@cache
+def fused_solve_block() -> BlockSolver | None:
+    """`solve_block` as one Triton kernel; None where there is no Triton."""
+    if find_spec("triton") is None or find_spec("dllmq.kernels.triton_gptq") is None:
+        return None
+    solver: BlockSolver = import_module("dllmq.kernels.triton_gptq").solve_block
+    return solver
 
 
 def solve_group(

@@ -170,6 +170,7 @@ class LinearGroup:
         inspect: (weights, X [B, L, I], valid [B, L] or None) -> output of the inspected module, computed with
             the given weights in the place of the group's own and X as the group's input.
         clip: linears AWQ may clip.
+        inspects_itself: the inspected module is the linears alone, so its output is linear in their weights.
     """
 
     name: str
@@ -177,6 +178,7 @@ class LinearGroup:
     can_scale: bool
     inspect: Callable[[dict[str, Tensor], Tensor, Tensor | None], Tensor]
     clip: frozenset[str]
+    inspects_itself: bool = False
 
 
 @contextmanager
@@ -198,11 +200,10 @@ def linear_group(model: MaskPredictor, index: int, row: GroupRow) -> LinearGroup
     block: Any = model.blocks[index]
 
     def inspect(weights: dict[str, Tensor], X: Tensor, valid: Tensor | None) -> Tensor:
-        ctx = model.context(X.shape[1], valid)
         X = X.to(getattr(block, row.linears[0]).weight.dtype)
         with swapped_weights(block, weights):
             if row.inspect == "attention":
-                return block.attention(X, ctx)
+                return block.attention(X, model.context(X.shape[1], valid))
             if row.inspect == "mlp":
                 return block.mlp(X)
             return torch.cat([getattr(block, name)(X) for name in row.linears], dim=-1)
@@ -213,6 +214,7 @@ def linear_group(model: MaskPredictor, index: int, row: GroupRow) -> LinearGroup
         can_scale=_can_absorb(block, row),
         inspect=inspect,
         clip=frozenset(row.clip),
+        inspects_itself=row.inspect is None,
     )
 
 

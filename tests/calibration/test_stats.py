@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dllmq.calibration import stats as stats_module
 from dllmq.calibration.stats import GroupInput, GroupStats, StatsCollector, collect
+from dllmq.numerics.linalg import weighted_gram
 
 ALL = frozenset({"gram", "mean_abs", "inputs"})
 I = 6
@@ -48,7 +50,7 @@ def test_streaming_equals_one_shot() -> None:
 def test_weight_one_is_no_weight_bit_for_bit() -> None:
     b = batch(3, 5, weight=torch.ones(3, 5))
     stats, X = collect(ALL, [b]), b.X.flatten(0, 1)
-    assert torch.equal(stats.gram, 2 * (X.T @ X))  # type: ignore[arg-type]
+    assert torch.equal(stats.gram, weighted_gram(X))  # type: ignore[arg-type]
     assert torch.equal(stats.mean_abs, X.abs().sum(0) / 15)  # type: ignore[arg-type]
 
 
@@ -85,3 +87,24 @@ def test_sums_are_fp32_for_bf16_inputs() -> None:
     exact = collect(ALL, [GroupInput(b.X.bfloat16().float(), b.weight, b.valid)])
     assert stats.gram is not None and stats.gram.dtype == torch.float32
     assert torch.equal(stats.gram, exact.gram)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 13])
+def test_few_large_products_equal_one_per_batch(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches wait until there are `tokens` of them; none is lost, whatever the size of the buffer."""
+    batches = [batch(2, 5, pads=3), batch(1, 7), batch(3, 2, pads=1), batch(1, 1)]
+    once = collect(ALL, batches)
+    monkeypatch.setattr(stats_module, "BUFFER_ELEMENTS", tokens * I)
+    parts = collect(ALL, batches)
+    torch.testing.assert_close(parts.gram, once.gram)
+    assert torch.equal(parts.mean_abs, once.mean_abs)  # type: ignore[arg-type]
+
+
+def test_buffer_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats_module, "BUFFER_ELEMENTS", 20 * I)
+    collector, seen = StatsCollector(frozenset({"gram"})), []
+    for _ in range(12):
+        b = batch(2, 4)
+        collector.add(b.X, b.weight, b.valid)
+        seen.append(sum(len(rows) for rows, _ in collector.waiting))
+    assert seen == [8, 16, 0] * 4

@@ -1,19 +1,29 @@
 """AWQ against the searches written out as loops, and what must hold for its results."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_llada import tiny_model
 from torch import Tensor
 
 from dllmq.calibration.stats import GroupInput, GroupStats, collect
 from dllmq.methods import AWQ, GPTQ, Method, awq
-from dllmq.methods.awq import clip_range, clip_tokens, scale_for, search_clip, search_scale
+from dllmq.methods.awq import (
+    clip_range,
+    clip_tokens,
+    module_loss,
+    scale_for,
+    search_clip,
+    search_ratio,
+    search_scale,
+)
 from dllmq.methods.gptq import gptq_solve
 from dllmq.methods.rtn import round_to_nearest, rtn
-from dllmq.models.base import LinearGroup
+from dllmq.models.base import LinearGroup, linear_group
 from dllmq.numerics import Grid, fake_quant
 
 I = 16
@@ -96,6 +106,45 @@ def test_loss_replaces_the_layers_own() -> None:
     assert found.losses.tolist() == [float(abs(n - 8)) for n in range(1, 21)]
 
 
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_loss_at_a_linear_output_equals_running_it(grid: Grid) -> None:
+    """From the Gram matrix of the tokens with a weight, or by running the linears on every token: the losses
+    agree for every exponent and both choose the same."""
+
+    def outputs(weights: dict[str, Tensor], X: Tensor, valid: Tensor | None) -> Tensor:
+        return torch.cat([F.linear(X, W) for W in weights.values()], dim=-1)
+
+    run = replace(group(), inspect=outputs)
+    searched = [
+        search_ratio(stats(batches()).mean_abs, module_loss(linears, batches(), grid))
+        for linears in (run, replace(run, inspect=_never, inspects_itself=True))
+    ]
+    torch.testing.assert_close(searched[0].losses, searched[1].losses, rtol=1e-4, atol=0)
+    assert searched[0].ratio == searched[1].ratio > 0
+
+
+def test_a_models_groups_say_whose_output_is_linear() -> None:
+    """Attention output and down-projection are judged at their own outputs, as running the block shows."""
+    model, X = tiny_model(), {32: torch.randn(2, 6, 32), 48: torch.randn(2, 6, 48)}
+    linear = []
+    for row in model.topology.groups:
+        group = linear_group(model, 0, row)
+        inputs = X[next(iter(group.weights.values())).shape[1]]
+        batch = GroupInput(inputs, torch.rand(2, 6), torch.ones(2, 6, dtype=torch.bool))
+        if group.inspects_itself:
+            linear.append(row.name)
+            s = torch.rand(inputs.shape[-1]) + 0.5
+            fast, run = (
+                module_loss(g, [batch], Grid(3))(s) for g in (group, replace(group, inspects_itself=False))
+            )
+            assert fast == pytest.approx(run, rel=1e-4) and fast > 0
+    assert linear == ["attn_out", "down"]
+
+
+def _never(*_: object) -> Tensor:
+    raise AssertionError("a linear output needs no run")
+
+
 def test_unit_weights_are_no_weights_bit_for_bit() -> None:
     W, X, _ = problem()
     plain, ones = search_scale(W, X, Grid(3)), search_scale(W, X, Grid(3), torch.ones(len(X)))
@@ -140,9 +189,11 @@ def test_channels_without_input_keep_a_positive_scale() -> None:
 # search_clip --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("tokens", [120, 6])
 @pytest.mark.parametrize("grid", [Grid(3), Grid(2, 4), Grid(3, 8, symmetric=True)], ids=str)
-def test_search_clip_equals_the_textbook(grid: Grid) -> None:
-    W, X, c = problem(1)
+def test_search_clip_equals_the_textbook(grid: Grid, tokens: int) -> None:
+    """Also with fewer tokens than a group has channels."""
+    W, X, c = problem(1, tokens)
     found = search_clip(W, X, grid, c)
     torch.testing.assert_close(found.ratio, textbook_clip(W, X, c, grid))
     assert found.ratio.min() < 1  # or the search never acted
