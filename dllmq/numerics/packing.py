@@ -45,9 +45,9 @@ def pack(codes: Integer[Tensor, "R N"], bits: int) -> Int32[Tensor, "R W"]:
         codes: in 0 ... 2^bits - 1.
         bits: 1 to 8.
     """
-    stream, size = to_bytes(codes, bits), 4 * words(codes.shape[1], bits)
-    whole = torch.nn.functional.pad(stream, (0, max(0, size - stream.shape[1])))[:, :size]
-    return whole.contiguous().view(torch.int32)
+    stream, W = to_bytes(codes, bits), words(codes.shape[1], bits)
+    whole = torch.nn.functional.pad(stream, (0, 4 * W - stream.shape[1]))  # may be negative
+    return whole.flatten().view(torch.int32).reshape(len(codes), W)
 
 
 def unpack(packed: Int32[Tensor, "R W"], bits: int, count: int) -> UInt8[Tensor, "R N"]:
@@ -55,10 +55,9 @@ def unpack(packed: Int32[Tensor, "R W"], bits: int, count: int) -> UInt8[Tensor,
     W = packed.shape[1]
     assert words(count, bits) == W, f"{count} codes of {bits} bits fill {words(count, bits)} words, not {W}"
     per, size = period(bits)
-    stream, needed = packed.contiguous().view(torch.uint8), -(-count // per) * size
-    return from_bytes(
-        torch.nn.functional.pad(stream, (0, max(0, needed - 4 * W)))[:, :needed], bits, count
-    )
+    stream = packed.contiguous().view(torch.uint8)
+    whole = torch.nn.functional.pad(stream, (0, -(-count // per) * size - 4 * W))  # may be negative
+    return from_bytes(whole, bits, count)
 
 
 def to_bytes(codes: Integer[Tensor, "R N"], bits: int) -> UInt8[Tensor, "R n"]:
