@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int8, Integer
@@ -38,10 +38,11 @@ from dllmq.kernels.cpu_inputs import MOVED, Inputs, Layout, quantize_inputs, seg
 from dllmq.numerics import Grid, QuantizedTensor
 
 COLUMNS = range(2, 33_026)  # more could overflow: 33,025 * 255^2 < 2^31; torch._int_mm is wrong for one
-OUTPUTS = 2048  # of a chunk: with 256 tokens its fp32 outputs are 2 MB
+OUTPUTS = (4096, 2048)  # of a chunk: rows of one segment, of more (256 tokens' fp32 outputs take 2 MB)
 TOKENS = 256  # that pass through a chunk's segments together
 
 
+@runtime_checkable
 class Codes(Protocol):
     """c of a chunk of outputs, in some order in memory."""
 
@@ -60,7 +61,7 @@ class Operand:
     """A weight, ready for the product with inputs under one grid.
 
     Attributes:
-        chunks: c of OUTPUTS outputs each.
+        chunks: c of `outputs` outputs each.
         scale: s of each group.
         offset: d of each group, integers; None where all are 0.
         sums: sum (c + d) of each segment, integers; None where the input has no offset.
@@ -73,6 +74,11 @@ class Operand:
     sums: Float[Tensor, "N O"] | None
     shape: tuple[int, int]
     layout: Layout
+
+    @property
+    def outputs(self) -> int:
+        """Of a chunk; the last one may have fewer."""
+        return OUTPUTS[self.layout.segment < self.shape[1]]
 
     def steps(self) -> Integer[Tensor, "O I"]:
         """q - z of every weight."""
@@ -127,9 +133,9 @@ def prepare_as(
     S, G = segment(grid, inputs, I), grid.groups(I)
     zero = quantized.zero.expand(O, G).to(torch.int16)
     needs_sums = inputs.bits == 8 and not inputs.symmetric
-    chunks, sums = [], []
-    for start in range(0, O, OUTPUTS):
-        at = slice(start, start + OUTPUTS)
+    chunks, sums, outputs = [], [], OUTPUTS[S < I]
+    for start in range(0, O, outputs):
+        at = slice(start, start + outputs)
         c = _codes(quantized.codes[at], zero[at], grid)
         if needs_sums:
             sums.append(c.view(len(c), -1, S).sum(-1, dtype=torch.int32))
@@ -160,14 +166,12 @@ def quant_linear(
     return y.reshape(*x.shape[:-1], operand.shape[0])
 
 
-def integer_linear(
-    x: Inputs, w: Operand, bias: Tensor | None, dtype: torch.dtype
-) -> Float[Tensor, "T O"]:
+def integer_linear(x: Inputs, w: Operand, bias: Tensor | None, dtype: torch.dtype) -> Float[Tensor, "T O"]:
     """From quantized inputs, in fp32 up to the rounding to `dtype`."""
     T, (O, _) = x.codes.shape[1], w.shape
     y = torch.empty(T, O, dtype=dtype)
     for i, chunk in enumerate(w.chunks):
-        at, codes = slice(OUTPUTS * i, min(OUTPUTS * (i + 1), O)), chunk.opened()
+        at, codes = slice(w.outputs * i, min(w.outputs * (i + 1), O)), chunk.opened()
         if len(x.codes) == 1:
             y[:, at] = _one_segment(x, w, codes, at, bias)
             continue
@@ -177,9 +181,7 @@ def integer_linear(
     return y
 
 
-def _one_segment(
-    x: Inputs, w: Operand, codes: Codes, at: slice, bias: Tensor | None
-) -> Float[Tensor, "T o"]:
+def _one_segment(x: Inputs, w: Operand, codes: Codes, at: slice, bias: Tensor | None) -> Float[Tensor, "T o"]:
     """Both sides have one scale a row: the whole sum in integers, then the scales."""
     sums = exact_sums(x, w, codes, at, 0)
     y = sums.mul_(x.scale).mul_(w.scale[0, at])
