@@ -49,7 +49,7 @@ class Backend:
     works: Callable[[], bool]
 
 
-ONEDNN = Backend("onednn", cpu_onednn, cpu_onednn.works)
+ONEDNN = Backend("onednn", cpu_onednn, lambda: cpu_onednn.works())
 INT_MM = Backend("int_mm", cpu_int8, lambda: cpu_int8.is_exact())
 INT4 = Backend("int4", cpu_int4, lambda: cpu_int8.is_exact())
 WEIGHT_ONLY = Backend("weight_only", cpu_weight_only, lambda: True)

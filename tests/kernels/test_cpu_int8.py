@@ -124,10 +124,9 @@ def test_groups_are_the_definition_combined_in_fp32(kernel: Any) -> None:
         y = kernel.quant_linear(p.x, kernel.prepare(W, p.inputs), p.inputs, bias)
         expected = reference_linear(p.x, W, p.inputs, bias)
         (T, I), O = p.x.shape, len(p.W)
-        by_x, by_w = (
-            256 * s.expand(n, -1).double() for s, n in ((fit(p.x, p.inputs).scale, T), (W.scale, O))
-        )
-        largest = I * by_x.amax(1)[:, None] * by_w.amax(1)  # |c + a| is at most 256 on either side
+        by_x = 2.0**p.inputs.bits * fit(p.x, p.inputs).scale.expand(T, -1).double()  # |q - z| s is below
+        by_w = 2.0**p.weights.bits * W.scale.expand(O, -1).double()
+        largest = I * by_x.amax(1)[:, None] * by_w.amax(1)
         assert bool(((y - expected).abs() <= 2.0**-22 * (largest + expected.abs())).all())
 
     check()
