@@ -48,6 +48,10 @@ class Backend:
     kernel: Kernel
     works: Callable[[], bool]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
+        """Itself: modules cannot be copied."""
+        return self
+
 
 ONEDNN = Backend("onednn", cpu_onednn, lambda: cpu_onednn.works())
 INT_MM = Backend("int_mm", cpu_int8, lambda: cpu_int8.is_exact())

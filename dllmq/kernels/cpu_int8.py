@@ -169,6 +169,8 @@ def quant_linear(
 def integer_linear(x: Inputs, w: Operand, bias: Tensor | None, dtype: torch.dtype) -> Float[Tensor, "T O"]:
     """From quantized inputs, in fp32 up to the rounding to `dtype`."""
     T, (O, _) = x.codes.shape[1], w.shape
+    if len(x.codes) == len(w.chunks) == 1:
+        return _one_segment(x, w, w.chunks[0].opened(), slice(0, O), bias).to(dtype)
     y = torch.empty(T, O, dtype=dtype)
     for i, chunk in enumerate(w.chunks):
         at, codes = slice(w.outputs * i, min(w.outputs * (i + 1), O)), chunk.opened()

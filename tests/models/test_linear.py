@@ -1,5 +1,6 @@
 """QuantLinear is its definition, and moving a scale into the op before a group changes no function."""
 
+import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -249,6 +250,16 @@ def test_a_packed_linear_in_another_type() -> None:
     expected = linear(x.float()).bfloat16()
     assert torch.equal(linear.to(torch.bfloat16)(x), expected) and linear.backend != "fake"
     assert linear.weight.dtype == torch.bfloat16
+
+
+@exact_only
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_packed_linear_can_be_copied(compact: bool) -> None:
+    linear, x = quant_linear(Grid(4), Grid(8)), torch.randn(3, I)
+    if compact:
+        linear.compact()
+    linear.pack()
+    assert torch.equal(copy.deepcopy(linear)(x), linear(x))
 
 
 def test_the_first_kernel_that_works_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
