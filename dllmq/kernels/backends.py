@@ -8,7 +8,7 @@ A kernel is a module (cpu_int8.py describes the CPU's) with
     quantize_for(rows of x, operand, input grid)        its first half, shared by operands of one `layout`
     integer_linear(its result, operand, bias, dtype)    its second half
 
-Weights can be had back from an operand: `steps()` gives q - z.
+Weights can be had back from an operand: `steps()` gives q - z [O, I], `scale` their scales [G, O].
 """
 
 from __future__ import annotations

@@ -30,6 +30,11 @@ class Operand:
     def layout(self) -> None:
         """Its inputs are not quantized."""
 
+    @property
+    def scale(self) -> Float[Tensor, "G O"]:
+        """Of each group."""
+        return self.codes.scale.T
+
     def steps(self) -> Integer[Tensor, "O I"]:
         """q - z of every weight."""
         q = self.codes.unpacked()

@@ -105,7 +105,8 @@ class Prepared:
 
     Attributes:
         operand: of `backend`'s kernel.
-        scale, zero, grid, shape: as `QuantizedTensor`'s.
+        scale: as `QuantizedTensor`'s, the operand's own where they are the same numbers; zero: in uint8.
+        grid, shape: as `QuantizedTensor`'s.
     """
 
     backend: Backend
@@ -119,14 +120,15 @@ class Prepared:
     @classmethod
     def of(cls, q: QuantizedTensor, backend: Backend, inputs: Grid | None) -> Prepared:
         operand = backend.kernel.prepare(q, inputs)
-        return cls(backend, operand, q.scale, q.zero, q.grid, q.shape)
+        scale = operand.scale.T if operand.scale.T.shape == q.scale.shape else q.scale
+        return cls(backend, operand, scale, q.zero.to(torch.uint8), q.grid, q.shape)
 
     def unpacked(self) -> QuantizedTensor:
         """The tensor this was made of, bit for bit."""
         zero = self.zero.to(torch.int16)
         steps = self.operand.steps().to(torch.int16).unflatten(1, (zero.shape[1], -1))
         codes = (steps + zero[..., None]).flatten(1).to(self.grid.dtype)
-        return QuantizedTensor(codes, self.scale, self.zero, self.grid)
+        return QuantizedTensor(codes, self.scale.contiguous(), self.zero.float(), self.grid)
 
     @property
     def nbytes(self) -> int:
@@ -202,8 +204,8 @@ class QuantLinear(nn.Module):
     @property
     def resident_bytes(self) -> int:
         """Bytes of memory that the linear takes now, whatever form its weight has."""
-        held = [*_tensors(self._stored), *self.parameters()]
-        return sum({id(x): x.nbytes for x in held if not x.is_meta}.values())
+        held = [x for x in (*_tensors(self._stored), *self.parameters()) if not x.is_meta]
+        return sum({id(x) if x.is_mkldnn else x.data_ptr(): x.nbytes for x in held}.values())
 
     @torch.no_grad()
     def compact(self) -> None:

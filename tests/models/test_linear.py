@@ -219,19 +219,22 @@ def test_one_form_of_a_weight_is_held_at_a_time(weight: Grid, act: Grid | None, 
 
 @exact_only
 def test_bytes_that_are_held() -> None:
-    """Per weight: 4 (fp32) + 1 fake, half a byte compact, 1 packed, half packed and compact. Scales and
-    zeros of 256 channels take 2,048 bytes; an operand adds its own scale and the sums of its rows."""
-    O = I = 256
-    quantized = round_to_nearest(torch.randn(O, I), Grid(4))
+    """Per weight: 4 (fp32) + 1 fake, half a byte compact, 1 packed, half packed and compact. Besides, for
+    each group, a scale and a zero in fp32; an operand's zero has one byte, and with inputs of 8 bits it has
+    the sum of the weights. oneDNN's chunks bring 8 bytes an output."""
+    O, I, g = 256, 256, 64
+    G = O * I // g
+    quantized = round_to_nearest(torch.randn(O, I), Grid(4, g))
     linear = QuantLinear(quantized, None, Grid(8), torch.float32)
-    assert linear.resident_bytes == 5 * O * I + 2048
+    assert linear.resident_bytes == 5 * O * I + 8 * G
     linear.pack()
-    assert O * I + 2048 <= linear.resident_bytes <= O * I + 3 * 2048
+    chunks = 8 * O if linear.backend == "packed:onednn" else 0
+    assert linear.resident_bytes == O * I + (4 + 1 + 4) * G + chunks
     linear.compact()
     assert linear.backend == "packed:int4"
-    assert O * I // 2 + 2048 <= linear.resident_bytes <= O * I // 2 + 3 * 2048
+    assert linear.resident_bytes == O * I // 2 + (4 + 1 + 4 + 1) * G  # a byte moves codes to 0 and up
     linear.unpack()
-    assert linear.resident_bytes == O * I // 2 + 2048
+    assert linear.resident_bytes == O * I // 2 + 8 * G
 
 
 @exact_only
