@@ -8,9 +8,10 @@ them. With z of each token (or of each group of its channels) codes are written 
 
 c fits int8. oneDNN's product takes unsigned inputs, u = c + 128, and takes the 128 off again in integers.
 
-What it costs: six passes over the input, 0.5 ms for 256 tokens of 4,096 channels on one core (AMD Zen 5), a
-sixtieth of the product with 12,288 outputs. The norm before it is not fused with it for that reason; sharing
-one quantization among the linears of a group (models/linear.py) is all that pays.
+What it costs: eight passes over the input in a core's cache, 1 ms for 256 tokens of 4,096 channels (one core,
+AMD Zen 5), a thirtieth of the product with 12,288 outputs. Fusing the norm before it could save one of them,
+which is not worth a kernel: sharing one quantization among the linears of a group (models/linear.py) is all
+that pays on CPU.
 
 Legend: T tokens, I inputs, N segments of S columns, G groups.
 """
