@@ -28,6 +28,7 @@ from dllmq.kernels.cpu_int8 import (
 from dllmq.numerics import Grid, QuantizedTensor
 
 __all__ = ["integer_linear", "prepare", "quant_linear", "quantize_for", "supports", "works"]
+OUTPUTS = 1024  # that are widened at a time
 
 
 @dataclass(frozen=True)
@@ -70,4 +71,4 @@ def supports(weight: Grid, inputs: Grid | None, O: int, I: int) -> bool:
 
 def prepare(quantized: QuantizedTensor, inputs: Grid | None) -> Operand:
     """A weight's operand for inputs under a grid."""
-    return prepare_as(quantized, inputs, Nibbles.of, unsigned=False)
+    return prepare_as(quantized, inputs, Nibbles.of, unsigned=False, outputs=OUTPUTS)

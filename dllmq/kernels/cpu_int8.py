@@ -61,7 +61,7 @@ class Operand:
     """A weight, ready for the product with inputs under one grid.
 
     Attributes:
-        chunks: c of `outputs` outputs each.
+        chunks: c of `outputs` outputs each, the last one of what is left.
         scale: s of each group.
         offset: d of each group, integers; None where all are 0.
         sums: sum (c + d) of each segment, integers; None where the input has no offset.
@@ -74,11 +74,7 @@ class Operand:
     sums: Float[Tensor, "N O"] | None
     shape: tuple[int, int]
     layout: Layout
-
-    @property
-    def outputs(self) -> int:
-        """Of a chunk; the last one may have fewer."""
-        return OUTPUTS[self.layout.segment < self.shape[1]]
+    outputs: int
 
     def steps(self) -> Integer[Tensor, "O I"]:
         """q - z of every weight."""
@@ -120,35 +116,37 @@ def prepare(quantized: QuantizedTensor, inputs: Grid | None) -> Operand:
 
 
 def prepare_as(
-    quantized: QuantizedTensor, inputs: Grid | None, make: Callable[[Tensor, Tensor], Codes], unsigned: bool
+    quantized: QuantizedTensor,
+    inputs: Grid | None,
+    make: Callable[[Tensor, Tensor], Codes],
+    unsigned: bool,
+    outputs: int | None = None,
 ) -> Operand:
     """An operand with its chunks in some order.
 
     Args:
         make: given c, int8 [N, o, S], and what is between it and codes from 0 on, z - low, int16 [N, o].
         unsigned: whether the product takes inputs moved by 128.
+        outputs: of a chunk; None: OUTPUTS.
     """
     grid, (O, I) = quantized.grid, quantized.shape
     assert inputs is not None and supports(grid, inputs, O, I) and quantized.group_index is None
     S, G = segment(grid, inputs, I), grid.groups(I)
-    zero = quantized.zero.expand(O, G).to(torch.int16)
-    needs_sums = inputs.bits == 8 and not inputs.symmetric
-    chunks, sums, outputs = [], [], OUTPUTS[S < I]
-    for start in range(0, O, outputs):
-        at = slice(start, start + outputs)
-        c = _codes(quantized.codes[at], zero[at], grid)
-        if needs_sums:
-            sums.append(c.view(len(c), -1, S).sum(-1, dtype=torch.int32))
+    step, zero = outputs or OUTPUTS[S < I], quantized.zero.expand(O, G).to(torch.int16)
+    chunks, sums = [], []
+    for start in range(0, O, step):
+        at = slice(start, start + step)
+        c = _codes(quantized.codes[at], zero[at], grid).view(-1, I // S, S)
+        sums.append(c.sum(-1, dtype=torch.int32))
         base = (zero[at] - grid.low).repeat_interleave(I // S // G, 1)
-        chunks.append(make(c.view(len(c), -1, S).transpose(0, 1).contiguous(), base.T))
+        chunks.append(make(c.transpose(0, 1).contiguous(), base.T))
     offset = (MOVED - zero).T.float().contiguous() if grid.bits == 8 and not grid.symmetric else None
-    total = None
-    if needs_sums:
-        total = torch.cat(sums).T.float().contiguous()
-        if offset is not None:
-            total += S * offset.repeat_interleave(len(total) // G, 0)
+    total = torch.cat(sums).T.float().contiguous()
+    if offset is not None:
+        total += S * offset.repeat_interleave(len(total) // G, 0)
+    needs = inputs.bits == 8 and not inputs.symmetric
     scale = quantized.scale.expand(O, G).T.contiguous()
-    return Operand(tuple(chunks), scale, offset, total, (O, I), Layout(S, unsigned))
+    return Operand(tuple(chunks), scale, offset, total if needs else None, (O, I), Layout(S, unsigned), step)
 
 
 def quantize_for(x: Float[Tensor, "T I"], operand: Operand, inputs: Grid) -> Inputs:
