@@ -221,9 +221,7 @@ class Cell:
     def _load(self) -> tuple[Any, Any]:
         folder = checkpoint_folder(self.config.model_path)
         dtype, device = getattr(torch, self.config.dtype()), self.plan.device
-        self.memory = plan_memory(
-            self.config.memory, self.plan.parameters, dtype, device, backend=self.config.backend
-        )
+        self.memory = plan_memory(self.config.memory, self.plan.parameters, dtype, device)
         log.info("memory: %s", self.memory)
         model = load_model(folder, device, dtype, self.memory.stream)
         return model, load_tokenizer(folder)

@@ -36,7 +36,7 @@ from dllmq.evaluation import benchmarks, task_data
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.task_settings import DEFAULT, apply_row, find, published
 from dllmq.evaluation.tasks import check_code_execution, check_task_data, check_tasks, runs_code
-from dllmq.kernels import cpu_int8
+from dllmq.kernels.backends import find_backend
 from dllmq.methods import FP
 from dllmq.models.linear import BACKENDS
 from dllmq.models.memory import MEMORY
@@ -620,18 +620,18 @@ def _check_calibration(config: RunConfig, recipe: Recipe) -> None:
 
 
 def _check_backend(config: RunConfig, recipe: Recipe, device: str, model: Any) -> None:
-    """Whether the packed backend, where it is asked for, takes every linear of the model."""
+    """Whether the packed backend, where it is asked for, has a kernel for every linear of the model."""
     if config.backend != "packed" or isinstance(recipe.method, FP):
         return
     assert recipe.weights is not None
-    names = [name for row in model.topology.groups for name in row.linears]
-    sizes = {getattr(model.blocks[0], name).weight.shape[1] for name in names}
-    fits = all(cpu_int8.supports(recipe.weights, recipe.inputs, I) for I in sizes)
-    if device != "cpu" or not fits or not cpu_int8.is_exact():
-        raise ValueError(
-            "backend=packed needs device=cpu with an exact int8 product, quantized inputs (not a16), "
-            "act_group_size=-1 and group_size=-1 or 0; use backend=fake or auto."
-        )
+    for name in (name for row in model.topology.groups for name in row.linears):
+        O, I = getattr(model.blocks[0], name).weight.shape
+        if find_backend(device.split(":")[0], recipe.weights, recipe.inputs, O, I) is None:
+            raise ValueError(
+                f"backend=packed has no kernel on {device} for {name} with its {I} inputs at these bits, "
+                f"group_size={config.group_size} and act_group_size={config.act_group_size}; use "
+                "backend=fake or auto."
+            )
 
 
 def _check_export(config: RunConfig, recipe: Recipe, model: Any) -> None:

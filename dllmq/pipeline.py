@@ -31,7 +31,6 @@ from dllmq.calibration.hidden import HiddenStates, Spill
 from dllmq.calibration.observe import AttentionInputs, attention_inputs, group_input
 from dllmq.calibration.states import CalibrationState, Trajectory, describe, draw_states, record_trajectories
 from dllmq.calibration.stats import GroupStats, StatsCollector
-from dllmq.kernels import cpu_int8
 from dllmq.methods import FP
 from dllmq.methods.base import GroupUpdate
 from dllmq.models.attention import (
@@ -189,30 +188,31 @@ def weight_summary(states: list[CalibrationState], recipe: Recipe) -> dict[str, 
 
 
 def set_backend(model: Any, backend: str) -> str:
-    """Changes a quantized model's linears to a backend and says which: fake, packed, or "" where none is.
+    """Changes a quantized model's linears to a backend and names it: fake, packed and the kernels
+    (packed:onednn, packed:int4+onednn), or "" where none is quantized.
 
-    `auto` is packed where every linear can be and the processor has instructions for it, fake otherwise.
+    `auto` is packed where every linear has a kernel and all are faster with it (kernels/backends.py), in
+    whatever form they are held, so that memory changes no number; fake otherwise.
 
     Raises:
-        ValueError: packed, where a linear's grids or the device do not allow it.
+        ValueError: packed, where a linear has no kernel.
     """
     linears = quantized_linears(model)
     if not linears:
         return ""
     unfit = [name for name, linear in linears.items() if not linear.can_pack()]
-    if backend == "packed" and (unfit or not cpu_int8.is_exact()):
-        why = "this processor saturates"
-        if unfit:
-            why = f"{unfit[0]} has other grids or sizes, or is not on the CPU"
+    if backend == "packed" and unfit:
         raise ValueError(
-            "backend=packed needs a CPU, quantized inputs, one scale per token and per output channel; "
-            f"{why}. Use backend=fake or auto."
+            f"backend=packed has no kernel for {unfit[0]}: its grids, size or device do not fit, or the int8 "
+            "product errs on this processor. Use backend=fake or auto."
         )
-    worth_it = not unfit and cpu_int8.is_fast() and cpu_int8.is_exact()
-    packed = backend == "packed" or (backend == "auto" and worth_it)
+    packed = backend == "packed" or (
+        backend == "auto" and not unfit and all(x.pays for x in linears.values())
+    )
     for linear in linears.values():
         linear.pack() if packed else linear.unpack()
-    return "packed" if packed else "fake"
+    names = {linear.backend.removeprefix("packed:") for linear in linears.values()}
+    return f"packed:{'+'.join(sorted(names))}" if packed else "fake"
 
 
 @torch.no_grad()
@@ -341,7 +341,7 @@ def weight_bytes(model: Any) -> int:
 
 def _other_parameters(model: Any) -> int:
     """Number of parameters that are not quantized weights."""
-    inside = {id(m.weight) for m in quantized_linears(model).values() if not m.is_compact}
+    inside = {id(m.weight) for m in quantized_linears(model).values() if m.holds_weight}
     return sum(p.numel() for p in model.parameters() if id(p) not in inside)
 
 

@@ -116,9 +116,14 @@ def test_what_the_tests_compose_is_what_hydra_does() -> None:
         (["calibration.states=tmass"], ["calibration.states=tmass", "Did you mean tmas?"]),
         (["calibration.states=tmas", "calibration.num_prompts=2"], ["num_states=128", "96 states"]),
         (["backend=x"], ["backend=x", "auto, fake, packed"]),
-        (["backend=packed", "bits=w4a16"], ["backend=packed", "not a16", "fake or auto"]),
-        (["backend=packed", "bits=w4a4", "group_size=32"], ["backend=packed", "group_size=-1"]),
-        (["backend=packed", "bits=w4a4", "act_group_size=32"], ["backend=packed", "act_group_size=-1"]),
+        (
+            ["backend=packed", "bits=w4a4", "group_size=1"],
+            ["backend=packed", "q_proj", "group_size=1", "fake or auto"],
+        ),
+        (
+            ["backend=packed", "bits=w4a4", "act_group_size=1"],
+            ["backend=packed", "act_group_size=1", "fake or auto"],
+        ),
         (["calibration.shares=[0.5,-0.1]"], ["shares", "-0.1"]),
         (["calibration.shares=[]", "tmas=true"], ["shares"]),
         (["calibration.num_states=0"], ["calibration.num_states=0", "at least 1"]),

@@ -19,7 +19,8 @@ from dllmq.calibration.states import (
     draw_states,
 )
 from dllmq.calibration.stats import GroupInput, GroupStats, collect
-from dllmq.kernels import cpu_int8
+from dllmq.kernels import cpu_int8, cpu_onednn
+from dllmq.kernels.backends import pays
 from dllmq.methods import AWQ, FP, GPTQ, RTN
 from dllmq.methods.base import GroupUpdate
 from dllmq.methods.gptq import gptq_solve
@@ -518,6 +519,7 @@ exact_only = pytest.mark.skipif(not cpu_int8.is_exact(), reason="this processor 
 def processor(patch: pytest.MonkeyPatch, fast: bool, exact: bool) -> None:
     patch.setattr(cpu_int8, "is_fast", lambda: fast)
     patch.setattr(cpu_int8, "is_exact", lambda: exact)
+    patch.setattr(cpu_onednn, "works", lambda: False)
 
 
 def backends(model: LLaDA) -> set[str]:
@@ -533,10 +535,27 @@ def test_the_backends_are_one_function_and_can_be_changed(
     fake = model(ids)
     for asked in ("packed", "fake", "auto", "packed", "fake"):
         processor(monkeypatch, fast=True, exact=True)
-        wanted = "fake" if asked == "fake" else "packed"
+        wanted = "fake" if asked == "fake" else "packed:int_mm"
         assert set_backend(model, asked) == wanted and backends(model) == {wanted}
         error = float((model(ids) - fake).norm() / fake.norm())
         assert error == 0 if wanted == "fake" else 0 < error < 0.01
+
+
+GROUPS = {
+    "w3 by 16": W3,
+    "a8 by 8": replace(W4A8, inputs=Grid(8, 8)),
+    "w4 by 16": replace(W4A8, weights=Grid(4, 16)),
+}
+
+
+@exact_only
+@pytest.mark.parametrize("name", GROUPS)
+def test_packed_groups_are_the_fake_ones(name: str, trajectories: list[Trajectory], ids: Tensor) -> None:
+    model = quantized(trajectories, GROUPS[name])
+    fake = model(ids)
+    assert set_backend(model, "packed").startswith("packed:")
+    error = float((model(ids) - fake).norm() / fake.norm())
+    assert error < 1e-6 if GROUPS[name].inputs is None else 0 < error < 0.01
 
 
 @pytest.mark.parametrize(("fast", "exact"), [(False, True), (True, False), (False, False)])
@@ -548,22 +567,32 @@ def test_auto_is_fake_where_packed_does_not_pay(
     assert set_backend(model, "auto") == "fake" and backends(model) == {"fake"}
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [W3, replace(W4A8, inputs=Grid(8, 8)), replace(W4A8, weights=Grid(4, 16)), replace(W4A8, inputs=None)],
-    ids=["w3 by 16", "a8 by 8", "w4 by 16", "w4a16"],
-)
-def test_grids_that_packed_does_not_take(
+@pytest.mark.parametrize("recipe", [*GROUPS.values(), replace(W4A8, inputs=None)], ids=[*GROUPS, "w4a16"])
+def test_auto_is_fake_with_small_groups_and_full_precision_inputs(
     trajectories: list[Trajectory], monkeypatch: pytest.MonkeyPatch, recipe: Recipe
 ) -> None:
     model = quantized(trajectories, recipe)
     processor(monkeypatch, fast=True, exact=True)
     assert set_backend(model, "auto") == "fake"
-    with pytest.raises(
-        ValueError, match=r"^backend=packed needs .*\.blocks\.0\.q_proj has .*=fake or auto\.$"
-    ):
-        set_backend(model, "packed")
-    assert backends(model) == {"fake"}
+
+
+@pytest.mark.parametrize(
+    ("weight", "inputs", "dtype", "expected"),
+    [
+        (Grid(4), Grid(8), torch.bfloat16, True),
+        (Grid(4), Grid(4), torch.float32, True),
+        (Grid(4, 64), Grid(8), torch.float32, True),
+        (Grid(4, 64), Grid(8), torch.bfloat16, False),
+        (Grid(4, 64), Grid(8, 96), torch.float32, False),  # segments of 32
+        (Grid(4), None, torch.float32, False),
+    ],
+)
+def test_when_packed_pays(
+    monkeypatch: pytest.MonkeyPatch, weight: Grid, inputs: Grid | None, dtype: torch.dtype, expected: bool
+) -> None:
+    monkeypatch.setattr(cpu_int8, "is_fast", lambda: True)
+    assert pays("cpu", weight, inputs, 192, dtype) is expected
+    assert pays("cuda", weight, inputs, 192, dtype) is (inputs is not None)
 
 
 def test_the_first_linear_that_cannot_be_packed_is_named(
@@ -573,8 +602,9 @@ def test_the_first_linear_that_cannot_be_packed_is_named(
     model = quantized(trajectories, W4A8)
     processor(monkeypatch, fast=True, exact=True)
     for name in ("ff_out", "attn_out"):
-        getattr(model.blocks[1], name).inputs.grid = None
-    with pytest.raises(ValueError, match=r"model\.transformer\.blocks\.1\.attn_out has other grids") as error:
+        getattr(model.blocks[1], name).inputs.grid = Grid(8, 0)
+    named = r"^backend=packed has no kernel for model\.transformer\.blocks\.1\.attn_out: .*=fake or auto\.$"
+    with pytest.raises(ValueError, match=named) as error:
         set_backend(model, "packed")
     assert "\n" not in str(error.value) and "ff_out" not in str(error.value)
     assert set_backend(model, "auto") == "fake" and backends(model) == {"fake"}
@@ -584,7 +614,7 @@ def test_packed_is_refused_where_the_processor_errs(
     trajectories: list[Trajectory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     processor(monkeypatch, fast=True, exact=False)
-    with pytest.raises(ValueError, match=r"this processor saturates\. Use backend=fake or auto"):
+    with pytest.raises(ValueError, match=r"errs on this processor\. Use backend=fake or auto"):
         set_backend(quantized(trajectories, W4A8), "packed")
 
 
@@ -602,11 +632,13 @@ def test_a_groups_input_is_quantized_once(
     set_backend(model, backend)
     made: list[str] = []
 
-    def counted(name: str, function: Callable[[Tensor, Grid], Any]) -> Callable[[Tensor, Grid], Any]:
-        return lambda x, grid: (made.append(name), function(x, grid))[1]
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given: (made.append(name), function(*given))[1]
 
     monkeypatch.setattr("dllmq.models.linear.fake_quant", counted("fake", fake_quant))
-    monkeypatch.setattr(cpu_int8, "input_operand", counted("packed", cpu_int8.input_operand))
+    packed = counted("packed", cpu_int8.quantize_for)
+    for kernel in (cpu_int8, cpu_onednn):
+        monkeypatch.setattr(kernel, "quantize_for", packed)
     model(ids)
     assert made == [backend] * 8
     shared = {id(linear.inputs): linear.inputs for linear in quantized_linears(model).values()}

@@ -1,94 +1,262 @@
 """Integer linears on CPU: int8 codes times int8 codes, accumulated in int32.
 
-    y = s_x s_w sum_i (q_x,i - z_x) (q_w,i - z_w) + b
+    y = sum over segments n of  s_x s_w sum_i (q_x,i - z_x)(q_w,i - z_w)  + b
 
-s_x, z_x of each token (dynamic), s_w, z_w of each output channel. Up to 7 bits q - z fits int8 and is the
-product's operand. At 8 bits codes are moved by 128 and the rest is added in integers: with q = c + 128,
-a = 128 - z_x, d = 128 - z_w,
+s_x, z_x of each token or group of its channels (dynamic), s_w, z_w of each output channel or group. A segment
+is what lies between two changes of a scale (cpu_inputs.py); with one scale per token and output channel it is
+the whole row. Up to 7 bits q - z fits int8 and is the product's operand. At 8 bits codes are moved by 128:
+with q = c + 128, a = 128 - z_x, d = 128 - z_w
 
-    sum (q_x - z_x)(q_w - z_w) = sum c_x c_w + d sum c_x + a (sum c_w + I d)
+    sum (q_x - z_x)(q_w - z_w) = sum c_x c_w + d sum c_x + a sum (c_w + d)
 
-The accumulators are exact for 2 to 33,025 inputs; the output differs from the definition (dequantize, then
-multiply in floating point) only by the rounding to fp32: of the accumulator, its two scalings and the bias.
-What it costs depends on the processor: with VNNI the product is 5 to 9 times as fast as in fp32.
+sum c_x c_w is exact in int32 for segments of 2 to 33,025 columns and leaves the kernel as fp32: exact up to
+2^24, beyond rounded once. One segment: a and d are added to it as integers, then both scales multiply, so the
+output differs from the definition by the rounding of its fp32 arithmetic. More segments: each one's sum is
+scaled and added in fp32, in order; a and d follow in one product of their own.
 
-Legend: T tokens, I inputs, O outputs; q codes, z zero, s scale.
+The kernels differ in how a weight lies in memory, and in nothing else: their outputs are equal bit for bit.
+
+    onednn   cpu_onednn.py   int8, in oneDNN's order, one byte a weight: the fastest
+    int_mm   here            int8, one byte a weight: torch's product puts it in order each time
+    int4     cpu_int4.py     up to 4 bits, two weights a byte, widened in each product
+
+Legend: T tokens, I inputs, O outputs; N segments of S columns; G groups; q codes, z zero, s scale.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Float, Int8, Integer
 from torch import Tensor
 
-from dllmq.numerics import Grid, Params, QuantizedTensor, fit, quantize
+from dllmq.kernels.cpu_inputs import MOVED, Inputs, Layout, quantize_inputs, segment
+from dllmq.numerics import Grid, QuantizedTensor
 
-MOVED = 128
-INPUTS = range(2, 33_026)  # more could overflow: 33,025 * 255^2 < 2^31; torch._int_mm is wrong for one
+COLUMNS = range(2, 33_026)  # more could overflow: 33,025 * 255^2 < 2^31; torch._int_mm is wrong for one
+OUTPUTS = (4096, 2048)  # of a chunk: rows of one segment, of more (256 tokens' fp32 outputs take 2 MB)
+TOKENS = 256  # that pass through a chunk's segments together
+
+
+@runtime_checkable
+class Codes(Protocol):
+    """c of a chunk of outputs, in some order in memory."""
+
+    def opened(self) -> Codes:
+        """Ready for products: itself, or widened."""
+
+    def add(self, n: int, x: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
+        """total + scale * sum c_x c_w over segment n in fp32 [T, o]; a `total` that is given is changed."""
+
+    def plain(self) -> Int8[Tensor, "o I"]:
+        """c itself."""
 
 
 @dataclass(frozen=True)
 class Operand:
-    """One side of the product: int8 codes [N, I], and a [N, 1] with q - z = codes + a (None: a is 0)."""
+    """A weight, ready for the product with inputs under one grid.
 
-    codes: Int8[Tensor, "N I"]
-    scale: Float[Tensor, "N 1"]
-    offset: Int[Tensor, "N 1"] | None
+    Attributes:
+        chunks: c of `outputs` outputs each, the last one of what is left.
+        scale: s of each group.
+        offset: d of each group, integers; None where all are 0.
+        sums: sum (c + d) of each segment, integers; None where the input has no offset.
+        shape: (O, I); layout: how it wants its input.
+    """
 
+    chunks: tuple[Codes, ...]
+    scale: Float[Tensor, "G O"]
+    offset: Float[Tensor, "G O"] | None
+    sums: Float[Tensor, "N O"] | None
+    shape: tuple[int, int]
+    layout: Layout
+    outputs: int
 
-def operand(codes: Tensor, params: Params, grid: Grid) -> Operand:
-    """Codes under a grid with one scale per row, ready for the product."""
-    if grid.symmetric:
-        return Operand(codes, params.scale, None)
-    if grid.bits < 8:
-        return Operand(
-            (codes.to(torch.int16) - params.zero.to(torch.int16)).to(torch.int8), params.scale, None
-        )
-    moved = (codes.to(torch.int16) - MOVED).to(torch.int8)
-    return Operand(moved, params.scale, MOVED - params.zero.to(torch.int32))
-
-
-def input_operand(x: Float[Tensor, "T I"], grid: Grid) -> Operand:
-    """A linear's input under a dynamic grid with one scale per token."""
-    params = fit(x, grid)
-    if grid.symmetric or grid.bits == 8:
-        return operand(quantize(x, params, grid), params, grid)
-    q = torch.div(x.float(), params.scale).round_().add_(params.zero).clamp_(0, grid.high)
-    return Operand(q.sub_(params.zero).to(torch.int8), params.scale, None)
-
-
-def weight_operand(weight: QuantizedTensor) -> Operand:
-    """A weight under a grid with one scale per output channel or per tensor."""
-    rows = (len(weight.codes), 1)
-    params = Params(weight.scale.expand(rows).contiguous(), weight.zero.expand(rows).contiguous())
-    return operand(weight.codes, params, weight.grid)
+    def steps(self) -> Integer[Tensor, "O I"]:
+        """q - z of every weight."""
+        c = torch.cat([chunk.plain() for chunk in self.chunks])
+        if self.offset is None:
+            return c
+        width = self.shape[1] // len(self.offset)
+        return c.to(torch.int16) + self.offset.T.to(torch.int16).repeat_interleave(width, 1)
 
 
-def accumulate(x: Operand, w: Operand) -> Int[Tensor, "T O"]:
-    """sum_i (q_x - z_x)(q_w - z_w) for every token and output, exact in int32."""
-    acc = torch._int_mm(x.codes, w.codes.T)
+@dataclass(frozen=True)
+class Bytes:
+    """c as it is, segment by segment."""
+
+    codes: Int8[Tensor, "N o S"]
+
+    def opened(self) -> Codes:
+        return self
+
+    def add(self, n: int, x: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
+        part = torch._int_mm(x, self.codes[n].T).float()
+        part = part if scale is None else part.mul_(scale)
+        return part if total is None else total.add_(part)
+
+    def plain(self) -> Int8[Tensor, "o I"]:
+        return self.codes.transpose(0, 1).flatten(1)
+
+
+def supports(weight: Grid, inputs: Grid | None, O: int, I: int) -> bool:
+    """Whether these grids have an integer product: quantized inputs, per token or per group of channels."""
+    if inputs is None or inputs.group_size == 0 or any(I % max(1, g.group_size) for g in (weight, inputs)):
+        return False
+    return segment(weight, inputs, I) in COLUMNS
+
+
+def prepare(quantized: QuantizedTensor, inputs: Grid | None) -> Operand:
+    """A weight's operand for inputs under a grid."""
+    return prepare_as(quantized, inputs, lambda codes, base: Bytes(codes), unsigned=False)
+
+
+def prepare_as(
+    quantized: QuantizedTensor,
+    inputs: Grid | None,
+    make: Callable[[Tensor, Tensor], Codes],
+    unsigned: bool,
+    outputs: int | None = None,
+) -> Operand:
+    """An operand with its chunks in some order.
+
+    Args:
+        make: given c, int8 [N, o, S], and what is between it and codes from 0 on, z - low, int16 [N, o].
+        unsigned: whether the product takes inputs moved by 128.
+        outputs: of a chunk; None: OUTPUTS.
+    """
+    grid, (O, I) = quantized.grid, quantized.shape
+    assert inputs is not None and supports(grid, inputs, O, I) and quantized.group_index is None
+    S, G = segment(grid, inputs, I), grid.groups(I)
+    step, zero = outputs or OUTPUTS[S < I], quantized.zero.expand(O, G).to(torch.int16)
+    chunks, sums = [], []
+    for start in range(0, O, step):
+        at = slice(start, start + step)
+        c = _codes(quantized.codes[at], zero[at], grid).view(-1, I // S, S)
+        sums.append(c.sum(-1, dtype=torch.int32))
+        base = (zero[at] - grid.low).repeat_interleave(I // S // G, 1)
+        chunks.append(make(c.transpose(0, 1).contiguous(), base.T))
+    offset = (MOVED - zero).T.float().contiguous() if grid.bits == 8 and not grid.symmetric else None
+    total = torch.cat(sums).T.float().contiguous()
+    if offset is not None:
+        total += S * offset.repeat_interleave(len(total) // G, 0)
+    needs = inputs.bits == 8 and not inputs.symmetric
+    scale = quantized.scale.expand(O, G).T.contiguous()
+    return Operand(tuple(chunks), scale, offset, total if needs else None, (O, I), Layout(S, unsigned), step)
+
+
+def quantize_for(x: Float[Tensor, "T I"], operand: Operand, inputs: Grid) -> Inputs:
+    """x as this operand wants it; all operands with the same `layout` can share it."""
+    return quantize_inputs(x, inputs, operand.layout)
+
+
+def quant_linear(
+    x: Float[Tensor, "*rows I"], operand: Operand, inputs: Grid | None, bias: Tensor | None = None
+) -> Float[Tensor, "*rows O"]:
+    """The linear, in x's dtype."""
+    assert inputs is not None, "the operand was prepared for a quantized input"
+    rows = quantize_for(x.reshape(-1, x.shape[-1]), operand, inputs)
+    y = integer_linear(rows, operand, bias, x.dtype)
+    return y.reshape(*x.shape[:-1], operand.shape[0])
+
+
+def integer_linear(x: Inputs, w: Operand, bias: Tensor | None, dtype: torch.dtype) -> Float[Tensor, "T O"]:
+    """From quantized inputs, in fp32 up to the rounding to `dtype`."""
+    T, (O, _) = x.codes.shape[1], w.shape
+    if len(x.codes) == len(w.chunks) == 1:
+        return _one_segment(x, w, w.chunks[0].opened(), slice(0, O), bias).to(dtype)
+    y = torch.empty(T, O, dtype=dtype)
+    for i, chunk in enumerate(w.chunks):
+        at, codes = slice(w.outputs * i, min(w.outputs * (i + 1), O)), chunk.opened()
+        if len(x.codes) == 1:
+            y[:, at] = _one_segment(x, w, codes, at, bias)
+            continue
+        for start in range(0, T, TOKENS):
+            rows = slice(start, start + TOKENS)
+            y[rows, at] = _segments(_tokens(x, rows), w, codes, at, bias)
+    return y
+
+
+def _one_segment(x: Inputs, w: Operand, codes: Codes, at: slice, bias: Tensor | None) -> Float[Tensor, "T o"]:
+    """Both sides have one scale a row: the whole sum in integers, then the scales."""
+    sums = exact_sums(x, w, codes, at, 0)
+    y = sums.mul_(x.scale).mul_(w.scale[0, at])
+    return y if bias is None else y.add_(bias[at])
+
+
+def exact_sums(x: Inputs, w: Operand, codes: Codes, at: slice, n: int) -> Float[Tensor, "T o"]:
+    """sum (q_x - z_x)(q_w - z_w) over segment n: integers, exact while no part passes 2^24."""
+    sums, N = codes.add(n, x.codes[n], None, None), len(x.codes)
     if w.offset is not None:
-        acc += x.codes.sum(1, dtype=torch.int32)[:, None] * w.offset.T
+        sums.addcmul_(x.sums[:, n, None], w.offset[_group(n, w.offset, N), at])
     if x.offset is not None:
-        columns = w.codes.sum(1, dtype=torch.int32)[:, None]
-        columns = columns if w.offset is None else columns + w.codes.shape[1] * w.offset
-        acc += x.offset * columns.T
-    return acc
+        assert w.sums is not None, "the operand was prepared for inputs without an offset"
+        sums.addcmul_(x.offset[:, _group(n, x.offset.T, N), None], w.sums[n, at])
+    return sums
 
 
-def int8_linear(x: Operand, w: Operand, bias: Tensor | None = None) -> Float[Tensor, "T O"]:
-    """The linear in fp32."""
-    y = torch.mul(accumulate(x, w), x.scale).mul_(w.scale.T)
-    return y if bias is None else y.add_(bias)
+def _segments(x: Inputs, w: Operand, codes: Codes, at: slice, bias: Tensor | None) -> Float[Tensor, "T o"]:
+    """Segment by segment, combined in fp32."""
+    N, by_token = len(x.codes), x.scale.shape[1] == 1
+    scale = [w.scale[_group(n, w.scale, N), at] for n in range(N)]
+    y = codes.add(0, x.codes[0], scale[0], None)
+    if not by_token:
+        y.mul_(x.scale[:, :1])
+    for n in range(1, N):
+        if by_token:
+            y = codes.add(n, x.codes[n], scale[n], y)
+        else:
+            m = _group(n, x.scale.T, N)
+            y.addcmul_(codes.add(n, x.codes[n], scale[n], None), x.scale[:, m : m + 1])
+    _add_offsets(y, x, w, at)
+    if by_token:
+        y.mul_(x.scale)
+    return y if bias is None else y.add_(bias[at])
 
 
-def supports(weight: Grid, inputs: Grid | None, I: int) -> bool:
-    """One scale per token and per output channel (or weight tensor); both sides quantized."""
-    by_row = inputs is not None and inputs.group_size == -1 and weight.group_size in (-1, 0)
-    return by_row and I in INPUTS
+def _add_offsets(y: Float[Tensor, "T o"], x: Inputs, w: Operand, at: slice) -> None:
+    """What a and d add to all segments; without s_x where a token has one scale."""
+    N, G = len(x.codes), x.scale.shape[1]
+    scale = w.scale[:, at].repeat_interleave(N // len(w.scale), 0)
+    if w.offset is not None:
+        offset = w.offset[:, at].repeat_interleave(N // len(w.offset), 0)
+        y.addmm_(x.sums if G == 1 else x.sums * x.scale.repeat_interleave(N // G, 1), scale * offset)
+    if x.offset is not None:
+        assert w.sums is not None, "the operand was prepared for inputs without an offset"
+        by_group = (scale * w.sums[:, at]).unflatten(0, (G, N // G)).sum(1)  # [G, o]
+        if G == 1:
+            y.addcmul_(x.offset, by_group)
+        else:
+            y.addmm_(x.offset * x.scale, by_group)
+
+
+def _group(n: int, groups: Tensor, N: int) -> int:
+    """Which of the groups segment n of N lies in."""
+    return n * len(groups) // N
+
+
+def _tokens(x: Inputs, rows: slice) -> Inputs:
+    offset = None if x.offset is None else x.offset[rows]
+    return Inputs(x.codes[:, rows], x.scale[rows], offset, x.sums[rows])
+
+
+def _codes(codes: Tensor, zero: Tensor, grid: Grid) -> Int8[Tensor, "o I"]:
+    """c of some outputs; zero [o, G] int16."""
+    if grid.symmetric:
+        return codes.contiguous()
+    if grid.bits == 8:
+        return (codes ^ MOVED).view(torch.int8)
+    groups = codes.view(torch.int8).reshape(len(codes), zero.shape[1], -1)  # codes below 128
+    return (groups - zero.to(torch.int8)[..., None]).flatten(1)
+
+
+def works() -> bool:
+    """Whether the product is exact here."""
+    return is_exact()
 
 
 @cache

@@ -229,7 +229,7 @@ def _can_absorb(block: Block, row: GroupRow) -> bool:
         return True
     same_width = absorber.weight.shape[0] == getattr(block, row.linears[0]).weight.shape[1]
     free_path = row.name != "attn_out" or block.product.passes_values
-    by_row = not isinstance(absorber, QuantLinear) or absorber.quantized.grid.group_size != 0
+    by_row = not isinstance(absorber, QuantLinear) or absorber.grid.group_size != 0
     return same_width and free_path and by_row
 
 

@@ -5,28 +5,35 @@ and Q_a quantizes the input under the activation grid, dynamically, per token or
 backends compute it:
 
     fake     dequantized values, a product in the input's dtype; takes every grid
-    packed   the integer product of the codes (kernels/), scaled once: equal up to the rounding of the output
+    packed   the product of the codes by one of the device's kernels (kernels/backends.py): integer sums,
+             scaled; equal up to the rounding of the output
 
 Linears that read the same input share its quantization (`InputQuantizer`).
 
-What a QuantLinear keeps in memory is settled by `compact`: beside its codes the dequantized weight (or the
-operand of the packed backend), ready for the next product; or the codes alone, packed at their width, and the
-rest is made again in each product. The numbers are the same bit for bit.
+What a QuantLinear holds of its weight:
+
+    fake                 codes, a byte each, and the dequantized weight, ready for the next product
+    fake, compact        the codes alone, packed at their width; a product dequantizes the whole weight
+    packed               the kernel's operand alone: on CPU a byte a weight, in oneDNN's order
+    packed, compact      the same, at half a byte where weights have up to 4 bits; a product widens them
+
+Scales and zeros are held besides. Compact or not the numbers are the same bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dllmq.kernels import cpu_int8
+from dllmq.kernels.backends import Backend, find_backend, pays
 from dllmq.kernels.cpu_linear import linear
 from dllmq.numerics import Grid, QuantizedTensor, fake_quant
+from dllmq.numerics.grid import stored_bytes
 from dllmq.numerics.packed import PackedTensor
 
 BACKENDS = ("auto", "fake", "packed")
@@ -50,20 +57,22 @@ class InputQuantizer:
     def __init__(self, grid: Grid | None, readers: int = 1) -> None:
         self.grid, self.readers = grid, readers
         self._source: Tensor | None = None
-        self._key, self._value, self._left = ("", 0), None, 0
+        self._key: object = None
+        self._value, self._left = None, 0
 
     def fake(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... I"]:
         """Deq(Q_a(x))."""
         grid = self.grid
         return x if grid is None else self._once(x, "fake", lambda: fake_quant(x, grid))
 
-    def packed(self, x: Float[Tensor, "... I"]) -> cpu_int8.Operand:
-        """Codes and scales of x's tokens."""
-        grid = self.grid
+    def packed(self, x: Float[Tensor, "... I"], backend: Backend, operand: Any) -> Any:
+        """x's tokens as a kernel's operand wants them."""
+        grid, kernel = self.grid, backend.kernel
         assert grid is not None, "a packed product has a quantized input"
-        return self._once(x, "packed", lambda: cpu_int8.input_operand(x.reshape(-1, x.shape[-1]), grid))
+        rows = x.reshape(-1, x.shape[-1])
+        return self._once(x, (backend.name, operand.layout), lambda: kernel.quantize_for(rows, operand, grid))
 
-    def _once(self, x: Tensor, kind: str, make: Callable[[], Any]) -> Any:
+    def _once(self, x: Tensor, kind: object, make: Callable[[], Any]) -> Any:
         if self.readers == 1 or x.is_inference():  # inference tensors do not tell when they are changed
             return make()
         key = (kind, x._version)
@@ -90,6 +99,43 @@ class InputQuantLinear(Linear):
         return super().forward(self.inputs.fake(x))
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A weight that a kernel holds: its operand, and what gives the codes back.
+
+    Attributes:
+        operand: of `backend`'s kernel.
+        scale: as `QuantizedTensor`'s, the operand's own where they are the same numbers; zero: in uint8.
+        grid, shape: as `QuantizedTensor`'s.
+    """
+
+    backend: Backend
+    operand: Any
+    scale: Tensor
+    zero: Tensor
+    grid: Grid
+    shape: tuple[int, int]
+    group_index: None = None  # kernels take groups of neighbours
+
+    @classmethod
+    def of(cls, q: QuantizedTensor, backend: Backend, inputs: Grid | None) -> Prepared:
+        operand = backend.kernel.prepare(q, inputs)
+        scale = operand.scale.T if operand.scale.T.shape == q.scale.shape else q.scale
+        return cls(backend, operand, scale, q.zero.to(torch.uint8), q.grid, q.shape)
+
+    def unpacked(self) -> QuantizedTensor:
+        """The tensor this was made of, bit for bit."""
+        zero = self.zero.to(torch.int16)
+        steps = self.operand.steps().to(torch.int16).unflatten(1, (zero.shape[1], -1))
+        codes = (steps + zero[..., None]).flatten(1).to(self.grid.dtype)
+        return QuantizedTensor(codes, self.scale.contiguous(), self.zero.float(), self.grid)
+
+    @property
+    def nbytes(self) -> int:
+        """As `QuantizedTensor.nbytes`."""
+        return stored_bytes(self.shape, self.scale, self.zero, self.grid, None)
+
+
 class QuantLinear(nn.Module):
     """A linear with quantized weight and, where its input grid says so, a dynamically quantized input.
 
@@ -109,29 +155,41 @@ class QuantLinear(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self._stored: QuantizedTensor | PackedTensor = quantized
+        self._stored: QuantizedTensor | PackedTensor | Prepared = quantized
         self._dtype = dtype
+        self.is_compact = False  # whether as little as possible is held of the weight
         self.inputs = inputs if isinstance(inputs, InputQuantizer) else InputQuantizer(inputs)
         self.weight = nn.Parameter(quantized.dequantize().to(dtype), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-        self.backend = "fake"
-        self._operand: cpu_int8.Operand | None = None
+        self._prepared: Prepared | None = None  # `_stored`, where a kernel holds it
 
     def __getattr__(self, name: str) -> Any:
-        """`weight` of a compact linear is dequantized each time it is asked for."""
-        if name == "weight" and self.is_compact:
-            return self.quantized.dequantize().to(self._dtype)
+        """`weight`, where it is not held, is dequantized each time it is asked for."""
+        if name == "weight" and not self.holds_weight:
+            stored = self._stored
+            whole = stored if isinstance(stored, PackedTensor) else PackedTensor.of(stored.unpacked())
+            return whole.dequantize(self._dtype)
         return super().__getattr__(name)
 
     @property
     def quantized(self) -> QuantizedTensor:
-        """Codes, scales and zeros; of a compact linear unpacked each time they are asked for."""
+        """Codes, scales and zeros; of a compact or packed linear unpacked each time they are asked for."""
         return self._stored.unpacked()
 
     @property
-    def is_compact(self) -> bool:
-        """Whether the packed codes are all there is of the weight."""
-        return isinstance(self.__dict__.get("_stored"), PackedTensor)
+    def grid(self) -> Grid:
+        """Of the weight."""
+        return self._stored.grid
+
+    @property
+    def holds_weight(self) -> bool:
+        """Whether the dequantized weight is a parameter."""
+        return isinstance(self.__dict__.get("_stored"), QuantizedTensor)
+
+    @property
+    def backend(self) -> str:
+        """fake, or packed and the kernel's name: packed:onednn."""
+        return "fake" if self._prepared is None else f"packed:{self._prepared.backend.name}"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -143,36 +201,78 @@ class QuantLinear(nn.Module):
         """Bytes that store the weight exactly."""
         return self._stored.nbytes
 
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of memory that the linear takes now, whatever form its weight has."""
+        held = [x for x in (*_tensors(self._stored), *self.parameters()) if not x.is_meta]
+        return sum({id(x) if x.is_mkldnn else x.data_ptr(): x.nbytes for x in held}.values())
+
     @torch.no_grad()
     def compact(self) -> None:
-        """Keeps the codes alone, packed at their width; nothing to do where they were given away (meta)."""
-        if not self.is_compact and not self._stored.scale.is_meta:
-            self._stored = PackedTensor.of(self.quantized)
-            self._operand = None
-            del self.weight
+        """Keeps as little as possible of the weight; nothing to do where it was given away (meta)."""
+        if self.is_compact or self._stored.scale.is_meta:
+            return
+        packed = self._prepared is not None
+        self.is_compact = True
+        self._hold(self.quantized)
+        if packed:
+            self.pack()
 
     def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
-        if self.backend == "fake":
+        prepared, grid = self._prepared, self.inputs.grid
+        if prepared is None:
             return linear(self.inputs.fake(x), self.weight, self.bias)
-        y = cpu_int8.int8_linear(self.inputs.packed(x), self._weight_operand(), self.bias)
-        return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+        kernel, operand = prepared.backend.kernel, prepared.operand
+        if grid is None:
+            return kernel.quant_linear(x, operand, None, self.bias)
+        rows = self.inputs.packed(x, prepared.backend, operand)
+        y = kernel.integer_linear(rows, operand, self.bias, x.dtype)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def find_backend(self) -> Backend | None:
+        """The kernel that the packed backend would use for these grids on this device, None without one."""
+        stored = self._stored
+        if stored.group_index is not None:
+            return None
+        device = stored.scale.device.type
+        return find_backend(device, stored.grid, self.inputs.grid, *self.shape, small=self.is_compact)
 
     def can_pack(self) -> bool:
-        """Whether the packed backend takes these grids on this device."""
-        stored = self._stored
-        on_cpu = stored.scale.device.type == "cpu" and stored.group_index is None
-        return on_cpu and cpu_int8.supports(stored.grid, self.inputs.grid, self.shape[1])
+        """Whether the packed backend takes these grids on this device and processor."""
+        return self.find_backend() is not None
+
+    @property
+    def pays(self) -> bool:
+        """Whether the packed backend is the faster one, where there is a kernel."""
+        device = self._stored.scale.device.type
+        return pays(device, self.grid, self.inputs.grid, self.shape[1], self._dtype)
 
     @torch.no_grad()
     def pack(self) -> None:
-        """Changes to the packed backend."""
-        assert self.can_pack(), f"the packed backend does not take {self}"
-        self.backend = "packed"
-        self._operand = None if self.is_compact else self._weight_operand()
+        """Changes to the packed backend: from here on its operand is all there is of the weight."""
+        if self._prepared is not None:
+            return
+        backend = self.find_backend()
+        assert backend is not None, f"the packed backend does not take {self}"
+        self._prepared = Prepared.of(self.quantized, backend, self.inputs.grid)
+        self._stored = self._prepared
+        self._parameters.pop("weight", None)
 
+    @torch.no_grad()
     def unpack(self) -> None:
         """Changes back to the fake backend."""
-        self.backend, self._operand = "fake", None
+        if self._prepared is not None:
+            self._hold(self.quantized)
+
+    def _hold(self, quantized: QuantizedTensor) -> None:
+        """Holds the weight as the fake backend does."""
+        self._prepared = None
+        if self.is_compact:
+            self._stored = PackedTensor.of(quantized)
+            self._parameters.pop("weight", None)
+        else:
+            self._stored = quantized
+            self.weight = nn.Parameter(quantized.dequantize().to(self._dtype), requires_grad=False)
 
     @torch.no_grad()
     def scale_rows(self, factor: Float[Tensor, " O"]) -> None:
@@ -180,31 +280,46 @@ class QuantLinear(nn.Module):
         assert self.backend == "fake", "scales move while a model is quantized, before it is packed"
         scale = self._stored.scale
         self._stored = replace(self._stored, scale=scale * factor[:, None].to(scale))
-        if not self.is_compact:
+        if self.holds_weight:
             self.weight.data = self.quantized.dequantize().to(self._dtype)
         if self.bias is not None:
             self.bias.data = (self.bias.data.float() * factor).to(self.bias.dtype)
 
-    def _weight_operand(self) -> cpu_int8.Operand:
-        return cpu_int8.weight_operand(self.quantized) if self._operand is None else self._operand
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """The state dict has the weight whether or not it is held."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.is_compact:
+        if not self.holds_weight:
             destination[prefix + "weight"] = self.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Codes go to the device the parameters go to (torch moves only those); their types never change."""
-        super()._apply(fn, recurse)
+        """Codes go to the device the parameters go to (torch moves only those); their types never change.
+
+        On another device another kernel would compute it: there the linear starts with the fake backend.
+        """
         here = self._stored.scale.device
         moved = fn(torch.empty(0, dtype=self._dtype, device=here))
+        if moved.device != here:
+            self.unpack()
+        super()._apply(fn, recurse)
         self._dtype = moved.dtype
         if moved.device != here:
-            self._stored, self._operand = self._stored.to(moved.device), None
+            assert not isinstance(self._stored, Prepared)
+            self._stored = self._stored.to(moved.device)
         return self
 
     def extra_repr(self) -> str:
         O, I = self.shape
         grids = f"weight={self._stored.grid}, input={self.inputs.grid}"
         return f"in={I}, out={O}, {grids}, backend={self.backend}"
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Every tensor in dataclasses and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)

@@ -5,8 +5,8 @@
     stream    blocks are read from the checkpoint one at a time; quantized ones are kept compact
 
 All three give the same numbers bit for bit. `auto` takes the first that fits in 80 % of what is free: whole
-needs the weights at the model's dtype and a byte a parameter for the codes (on the CPU another one for the
-operand of the integer product), compact the weights.
+needs the weights at the model's dtype and a byte a parameter for the codes, compact the weights. A linear of
+the packed backend holds less than either: its kernel's operand alone (models/linear.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
+
+from dllmq.models.linear import QuantLinear
 
 MEMORY = ("auto", "whole", "stream")
 SHARE = 0.8  # of free memory that the weights may take; the rest is for activations and statistics
@@ -54,23 +57,29 @@ def plan_memory(
     dtype: torch.dtype,
     device: str,
     free: int | None = None,
-    backend: str = "auto",
 ) -> MemoryPlan:
     """What to hold: `memory` is auto, whole or stream, a choice of MEMORY.
 
     Args:
         parameters: of the checkpoint; dtype: of the loaded weights.
         free: bytes that are free on the device; measured when None.
-        backend: of quantized linears.
     """
     free = free_memory(device) if free is None else free
     weights = parameters * dtype.itemsize
     if memory != "auto" or free is None:
         return MemoryPlan("stream" if memory == "stream" else "whole", weights, free)
     room = SHARE * free
-    codes = parameters * (2 if device == "cpu" and backend != "fake" else 1)
-    mode = "whole" if weights + codes <= room else "compact" if weights <= room else "stream"
+    mode = "whole" if weights + parameters <= room else "compact" if weights <= room else "stream"
     return MemoryPlan(mode, weights, free)
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of memory that a model's weights take now, in whatever form they are held; a tensor that several
+    modules share counts once, and what lies on the meta device does not."""
+    inside = {id(p) for m in model.modules() if isinstance(m, QuantLinear) for p in m.parameters()}
+    plain = {id(x): x for x in (*model.parameters(), *model.buffers()) if id(x) not in inside}
+    held = sum(m.resident_bytes for m in model.modules() if isinstance(m, QuantLinear))
+    return held + sum(x.nbytes for x in plain.values() if not x.is_meta)
 
 
 def free_memory(device: str) -> int | None:

@@ -1,59 +1,32 @@
 """Codes at their own width: how a quantized weight stays in memory when every byte counts.
 
-Codes of a row, moved to 0 .. 2^b - 1, are laid into bytes from the lowest bit on, without gaps:
-n = 8 / gcd(b, 8) codes fill m = b / gcd(b, 8) bytes,
-
-    word = sum_k code_k 2^(b k),   byte_j = (word >> 8 j) mod 256        4 bits: two a byte, the first one low
-
-A row is filled up with zeros to a whole number of words. Exact for every width from 2 to 8.
+Codes of a row, moved to 0 .. 2^b - 1, as the bytes of numerics/packing.py. Exact for every width from 2 to 8.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Int, Integer, UInt8
+from jaxtyping import Float, Int, Integer, UInt8
 from torch import Tensor
 
 from dllmq.numerics.grid import Grid, QuantizedTensor, stored_bytes
+from dllmq.numerics.packing import from_bytes, to_bytes
 
-
-def word_layout(bits: int) -> tuple[int, int, torch.dtype]:
-    """Codes and bytes of a word, and an integer type that holds one."""
-    shared = math.gcd(bits, 8)
-    size = bits // shared
-    return 8 // shared, size, torch.uint8 if size == 1 else torch.int32 if size < 4 else torch.int64
+BLOCK = 1 << 20  # values that are dequantized at a time
 
 
 def pack(codes: Integer[Tensor, "O I"], grid: Grid) -> UInt8[Tensor, "O n"]:
-    """Codes [O, I] as bytes [O, ceil(I / codes a word) * bytes a word]."""
-    per_word, size, dtype = word_layout(grid.bits)
-    moved = codes.to(torch.int16).sub_(grid.low).to(torch.uint8)
-    padded = torch.nn.functional.pad(moved, (0, -codes.shape[1] % per_word))
-    groups = padded.unflatten(1, (-1, per_word))  # [O, words, codes a word]
-    words = torch.zeros(groups.shape[:2], dtype=dtype, device=codes.device)
-    for k in range(per_word):
-        words |= groups[..., k].to(dtype) << grid.bits * k
-    if size == 1:
-        return words
-    return torch.stack([(words >> 8 * j & 255).to(torch.uint8) for j in range(size)], -1).flatten(1)
+    """Codes [O, I] of a grid as bytes."""
+    return to_bytes(codes.to(torch.int16).sub_(grid.low), grid.bits)
 
 
 def unpack(packed: UInt8[Tensor, "O n"], columns: int, grid: Grid) -> Integer[Tensor, "O I"]:
     """The exact inverse of `pack`; `columns` is I."""
-    per_word, size, dtype = word_layout(grid.bits)
-    words = packed
-    if size > 1:
-        pieces = packed.unflatten(1, (-1, size))
-        words = torch.zeros(pieces.shape[:2], dtype=dtype, device=packed.device)
-        for j in range(size):
-            words |= pieces[..., j].to(dtype) << 8 * j
-    mask = 2**grid.bits - 1
-    codes = torch.stack([(words >> grid.bits * k & mask).to(torch.uint8) for k in range(per_word)], -1)
-    codes = codes.flatten(1)[:, :columns]
-    return codes.to(torch.int16).add_(grid.low).to(grid.dtype) if grid.symmetric else codes.contiguous()
+    codes = from_bytes(packed, grid.bits, columns)
+    return codes.to(torch.int16).add_(grid.low).to(grid.dtype) if grid.symmetric else codes
 
 
 @dataclass(frozen=True)
@@ -79,6 +52,26 @@ class PackedTensor:
         """The tensor this was made of, bit for bit."""
         codes = unpack(self.packed, self.columns, self.grid)
         return QuantizedTensor(codes, self.scale, self.zero, self.grid, self.group_index)
+
+    def rows(self, start: int, stop: int) -> QuantizedTensor:
+        """Rows start to stop of the tensor this was made of."""
+        here = slice(start, stop) if len(self.scale) == len(self.packed) else slice(None)
+        codes = unpack(self.packed[start:stop], self.columns, self.grid)
+        return QuantizedTensor(codes, self.scale[here], self.zero[here], self.grid, self.group_index)
+
+    def blocks(self, outputs: int | None = None) -> Iterator[tuple[slice, QuantizedTensor]]:
+        """All rows, `outputs` at a time (as many as BLOCK values have, when None)."""
+        O, step = len(self.packed), max(1, BLOCK // self.columns) if outputs is None else outputs
+        for start in range(0, O, step):
+            stop = min(start + step, O)
+            yield slice(start, stop), self.rows(start, stop)
+
+    def dequantize(self, dtype: torch.dtype) -> Float[Tensor, "O I"]:
+        """`QuantizedTensor.dequantize` in another type bit for bit; little is held beside the result."""
+        out = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
+        for at, block in self.blocks():
+            out[at] = block.dequantize()
+        return out
 
     def to(self, device: torch.device) -> PackedTensor:
         """The same on another device."""

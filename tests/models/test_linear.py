@@ -1,5 +1,6 @@
 """QuantLinear is its definition, and moving a scale into the op before a group changes no function."""
 
+import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from tiny_llada import tiny_model
 from torch import Tensor, nn
 
-from dllmq.kernels import cpu_int8
+from dllmq.kernels import cpu_int8, cpu_onednn, cpu_weight_only
+from dllmq.kernels.backends import find_backend
 from dllmq.methods.rtn import round_to_nearest
 from dllmq.models.attention import QuantizedProduct
 from dllmq.models.base import (
@@ -95,6 +97,7 @@ def test_scale_rows_is_exact(grid: Grid) -> None:
 # The packed backend -------------------------------------------------------------------------------
 
 exact_only = pytest.mark.skipif(not cpu_int8.is_exact(), reason="this processor saturates int8 products")
+FIRST = "onednn" if cpu_onednn.works() else "int_mm"
 
 
 def in_double(linear: QuantLinear, x: Tensor) -> Tensor:
@@ -112,7 +115,7 @@ def test_packed_equals_the_definition_in_double(weight: Grid, act: Grid, biased:
     linear = quant_linear(weight, act, torch.randn(O) if biased else None)
     assert linear.can_pack()
     linear.pack()
-    assert linear.backend == "packed" and "backend=packed" in repr(linear)
+    assert linear.backend == f"packed:{FIRST}" and f"backend=packed:{FIRST}" in repr(linear)
     for shape in ((I,), (5, I), (2, 3, I), (2, 0, I)):
         x = torch.randn(shape)
         y = linear(x)
@@ -141,16 +144,142 @@ def test_unpacking_gives_the_fake_backend_back_bit_for_bit() -> None:
     assert linear.backend == "fake" and torch.equal(linear(x), before)
 
 
-@pytest.mark.parametrize(
-    ("weight", "act"),
-    [(Grid(4, 8), Grid(4)), (Grid(4), Grid(4, 8)), (Grid(4), Grid(4, 0)), (Grid(4), None)],
-    ids=str,
-)
+@exact_only
+@pytest.mark.parametrize("weight", [Grid(3, 8), Grid(4, 4, symmetric=True), Grid(8, 8)], ids=str)
+@pytest.mark.parametrize("act", [Grid(4), Grid(8), Grid(8, 8), Grid(4, 4, symmetric=True)], ids=str)
+@pytest.mark.parametrize("compact", [False, True])
+def test_packed_groups_equal_the_definition_in_double(weight: Grid, act: Grid, compact: bool) -> None:
+    linear, x = quant_linear(weight, act, torch.randn(O)), torch.randn(2, 5, I)
+    if compact:
+        linear.compact()
+    linear.pack()
+    assert linear.backend == f"packed:{'int4' if compact and weight.bits <= 4 else FIRST}"
+    torch.testing.assert_close(linear(x).double(), in_double(linear, x), atol=5e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [Grid(4), Grid(3, 4), Grid(8, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("outputs", [1, 4, 100])
+def test_packed_with_full_precision_inputs(
+    weight: Grid, dtype: torch.dtype, outputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some outputs at a time, and no more of the weight than those is dequantized."""
+    monkeypatch.setattr("dllmq.numerics.packed.BLOCK", outputs * I)
+    quantized, bias = round_to_nearest(torch.randn(O, I), weight), torch.randn(O)
+    fake, packed = (QuantLinear(quantized, bias, None, dtype) for _ in range(2))
+    packed.pack()
+    assert packed.backend == "packed:weight_only"
+    seen: list[tuple[int, ...]] = []
+
+    def watched(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        seen.append(tuple(W.shape))
+        return linear_product(x, W, b)
+
+    linear_product = cpu_weight_only.linear
+    monkeypatch.setattr(cpu_weight_only, "linear", watched)
+    for shape in ((I,), (2, 3, I)):
+        x = torch.randn(shape).to(dtype)
+        torch.testing.assert_close(packed(x), fake(x))
+    assert seen == 2 * [(min(outputs, O - o), I) for o in range(0, O, outputs)]
+
+
+@pytest.mark.parametrize(("weight", "act"), [(Grid(4), Grid(4, 0)), (Grid(4, 1), Grid(4))], ids=str)
 def test_what_cannot_be_packed(weight: Grid, act: Grid | None) -> None:
     linear = quant_linear(weight, act)
     assert not linear.can_pack()
     with pytest.raises(AssertionError, match="does not take QuantLinear"):
         linear.pack()
+
+
+FORMS = [(Grid(4), Grid(8)), (Grid(3, 4), Grid(4)), (Grid(8, 8), Grid(8, 8)), (Grid(5), None)]
+
+
+@exact_only
+@pytest.mark.parametrize(("weight", "act"), FORMS, ids=str)
+@pytest.mark.parametrize("compact", [False, True])
+def test_one_form_of_a_weight_is_held_at_a_time(weight: Grid, act: Grid | None, compact: bool) -> None:
+    """And everything comes back from it: codes, state dict, the fake backend's output bit for bit."""
+    quantized = round_to_nearest(torch.randn(64, 64), weight)
+    linear, x = QuantLinear(quantized, torch.randn(64), act, torch.float32), torch.randn(3, 64)
+    if compact:
+        linear.compact()
+    before, fake = {n: t.clone() for n, t in linear.state_dict().items()}, linear(x)
+    linear.pack()
+    assert [n for n, _ in linear.named_parameters()] == ["bias"]
+    again = linear.quantized
+    for name in ("codes", "scale", "zero", "grid", "group_index"):
+        left, right = getattr(again, name), getattr(quantized, name)
+        assert torch.equal(left, right) if isinstance(left, Tensor) else left == right
+    assert linear.nbytes == quantized.nbytes and linear.shape == (64, 64)
+    after = linear.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[n], before[n]) for n in before)
+    linear.unpack()
+    assert linear.backend == "fake" and torch.equal(linear(x), fake)
+
+
+@exact_only
+def test_bytes_that_are_held() -> None:
+    """Per weight: 4 (fp32) + 1 fake, half a byte compact, 1 packed, half packed and compact. Besides, for
+    each group, a scale and a zero in fp32; an operand's zero has one byte, and with inputs of 8 bits it has
+    the sum of the weights. oneDNN's chunks bring 8 bytes an output."""
+    O, I, g = 256, 256, 64
+    G = O * I // g
+    quantized = round_to_nearest(torch.randn(O, I), Grid(4, g))
+    linear = QuantLinear(quantized, None, Grid(8), torch.float32)
+    assert linear.resident_bytes == 5 * O * I + 8 * G
+    linear.pack()
+    chunks = 8 * O if linear.backend == "packed:onednn" else 0
+    assert linear.resident_bytes == O * I + (4 + 1 + 4) * G + chunks
+    linear.compact()
+    assert linear.backend == "packed:int4"
+    assert linear.resident_bytes == O * I // 2 + (4 + 1 + 4 + 1) * G  # a byte moves codes to 0 and up
+    linear.unpack()
+    assert linear.resident_bytes == O * I // 2 + 8 * G
+
+
+@exact_only
+def test_a_packed_linear_that_leaves_its_device_is_fake_there() -> None:
+    linear = quant_linear(Grid(4), Grid(8))
+    linear.pack()
+    linear.to("meta")
+    assert linear.backend == "fake" and linear.quantized.scale.is_meta and linear.resident_bytes == 0
+
+
+@exact_only
+def test_a_packed_linear_in_another_type() -> None:
+    """The operand stays, the output follows the input."""
+    linear, x = quant_linear(Grid(4), Grid(8), torch.zeros(O)), torch.randn(3, I).bfloat16()
+    linear.pack()
+    expected = linear(x.float()).bfloat16()
+    assert torch.equal(linear.to(torch.bfloat16)(x), expected) and linear.backend != "fake"
+    assert linear.weight.dtype == torch.bfloat16
+
+
+@exact_only
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_packed_linear_can_be_copied(compact: bool) -> None:
+    linear, x = quant_linear(Grid(4), Grid(8)), torch.randn(3, I)
+    if compact:
+        linear.compact()
+    linear.pack()
+    assert torch.equal(copy.deepcopy(linear)(x), linear(x))
+
+
+def test_the_first_kernel_that_works_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def names() -> list[str | None]:
+        found = [find_backend("cpu", Grid(4), Grid(8), O, I, small) for small in (False, True)]
+        return [None if backend is None else backend.name for backend in found]
+
+    for onednn, int8, expected in (
+        (True, True, ["onednn", "int4"]),
+        (False, True, ["int_mm", "int4"]),
+        (True, False, ["onednn", "onednn"]),
+        (False, False, [None, None]),
+    ):
+        monkeypatch.setattr(cpu_onednn, "works", lambda works=onednn: works)
+        monkeypatch.setattr(cpu_int8, "is_exact", lambda works=int8: works)
+        assert names() == expected
+    assert find_backend("mps", Grid(4), Grid(8), O, I) is None
 
 
 def test_reordered_groups_and_other_devices_cannot_be_packed() -> None:
@@ -182,15 +311,17 @@ def quantizations(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Copies of every input that was quantized."""
     seen: list[Tensor] = []
 
-    def watched(function: Callable[[Tensor, Grid], Any]) -> Callable[[Tensor, Grid], Any]:
-        def call(x: Tensor, grid: Grid) -> Any:
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(x: Tensor, *rest: Any) -> Any:
             seen.append(x.clone())
-            return function(x, grid)
+            return function(x, *rest)
 
         return call
 
     monkeypatch.setattr("dllmq.models.linear.fake_quant", watched(fake_quant))
-    monkeypatch.setattr(cpu_int8, "input_operand", watched(cpu_int8.input_operand))
+    packed = watched(cpu_int8.quantize_for)
+    for kernel in (cpu_int8, cpu_onednn):
+        monkeypatch.setattr(kernel, "quantize_for", packed)
     return seen
 
 
@@ -203,7 +334,7 @@ def group_of_three(grid: Grid | None = None) -> tuple[InputQuantizer, list[Quant
 def alone(linear: QuantLinear) -> QuantLinear:
     """The same linear with an input quantizer of its own."""
     own = QuantLinear(linear.quantized, None, linear.inputs.grid, torch.float32)
-    if linear.backend == "packed":
+    if linear.backend != "fake":
         own.pack()
     return own
 
@@ -424,12 +555,11 @@ def test_the_packed_backend_of_a_compact_linear(compact_first: bool) -> None:
     linear, x = quant_linear(Grid(4), Grid(8), torch.randn(O)), torch.randn(3, I)
     fake = linear(x)
     steps = [linear.compact, linear.pack] if compact_first else [linear.pack, linear.compact]
-    own = quant_linear(Grid(4), Grid(8), linear.bias)
-    own._stored = linear.quantized
+    own = QuantLinear(linear.quantized, linear.bias, Grid(8), torch.float32)
     own.pack()
     for step in steps:
         step()
-    assert linear.backend == "packed" and torch.equal(linear(x), own(x))
+    assert linear.backend == "packed:int4" and torch.equal(linear(x), own(x))
     linear.unpack()
     assert linear.backend == "fake" and torch.equal(linear(x), fake)
 

@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from dllmq.methods.rtn import round_to_nearest
 from dllmq.models import memory
-from dllmq.models.memory import MemoryPlan, free_memory, plan_memory
+from dllmq.models.linear import QuantLinear
+from dllmq.models.memory import MemoryPlan, free_memory, plan_memory, resident_bytes
+from dllmq.numerics import Grid
 
 GB = 10**9
 BF16 = torch.bfloat16
@@ -16,8 +20,8 @@ BF16 = torch.bfloat16
     ("free", "mode"),
     [
         (100, "whole"),
-        (40, "whole"),  # 8 G parameters: 16 GB, 8 GB of codes and 8 GB of operands are 80 % of it
-        (39, "compact"),
+        (30, "whole"),  # 8 G parameters: 16 GB and 8 GB of codes are 80 % of it
+        (29, "compact"),
         (20, "compact"),
         (19, "stream"),
         (1, "stream"),
@@ -34,11 +38,20 @@ def test_the_dtype_counts() -> None:
     assert plan_memory("auto", 8 * GB, BF16, "cpu", 45 * GB).mode == "whole"
 
 
-def test_the_backend_counts() -> None:
-    """Only the integer product on the CPU keeps an operand beside the codes."""
-    assert plan_memory("auto", 8 * GB, BF16, "cpu", 30 * GB, "fake").mode == "whole"
-    assert plan_memory("auto", 8 * GB, BF16, "cuda", 30 * GB).mode == "whole"
-    assert plan_memory("auto", 8 * GB, BF16, "cpu", 30 * GB, "packed").mode == "compact"
+def test_resident_bytes_count_every_form_once() -> None:
+    """A quantized linear's in whatever form it is, a shared tensor once, nothing on the meta device."""
+    model = nn.ModuleDict({"norm": nn.LayerNorm(64), "tied": nn.Linear(64, 8), "head": nn.Linear(64, 8)})
+    model["head"].weight = model["tied"].weight
+    plain = 4 * (64 + 64 + 8 * 64 + 8 + 8)
+    assert resident_bytes(model) == plain
+    linear = QuantLinear(round_to_nearest(torch.randn(32, 64), Grid(4)), torch.zeros(32), None, torch.float32)
+    model["quantized"] = linear
+    scales, bias = 2 * 4 * 32, 4 * 32
+    assert resident_bytes(model) == plain + 5 * 32 * 64 + scales + bias
+    linear.compact()
+    assert resident_bytes(model) == plain + 32 * 64 // 2 + scales + bias
+    model["norm"].to("meta")
+    assert resident_bytes(model) == plain - 4 * 128 + 32 * 64 // 2 + scales + bias
 
 
 @pytest.mark.parametrize(("asked", "free"), [("whole", 1), ("stream", 10**6)])
