@@ -26,7 +26,6 @@ Legend: T tokens, I inputs, O outputs, G groups, N segments of S columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -155,7 +154,7 @@ def integer_linear(
 
     if T:
         key = ("integer", power_of_2(T), O, I, S, w.is_packed, dtype, y.device)
-        run(fastest(key, candidates(T, O, _step(S, w.is_packed)), run))
+        run(fastest(key, candidates(T, O, _step(S), S < I), run))
     return y
 
 
@@ -179,25 +178,26 @@ def weight_only_linear(
 
     if T:
         key = ("weight only", power_of_2(T), O, I, w.group, w.is_packed, x.dtype, y.device)
-        run(fastest(key, candidates(T, O, min(64, _step(w.group, False))), run))
+        run(fastest(key, candidates(T, O, min(64, _step(w.group)), False), run))
     return y
 
 
-def candidates(T: int, O: int, step: int) -> list[Tiles]:
+def candidates(T: int, O: int, step: int, grouped: bool) -> list[Tiles]:
     """Tiles worth trying for T tokens, the most promising first; `step` columns at a time.
 
     Few tokens: time goes into reading the weight, so narrow tiles keep all multiprocessors busy. Many: time
-    goes into the product, and a tile of 128 x 256 reads least for what it multiplies.
+    goes into the product, and a large tile reads least for what it multiplies; groups hold a second sum of
+    the tile in registers, which large tiles do not have.
     """
     if is_interpreted():
         return [Tiles(power_of_2(min(O, 64)), power_of_2(min(T, 64)), step, 4, 2)]
-    tokens = max(16, min(power_of_2(T), 64))
+    few = max(16, min(power_of_2(T), 64))
     if T <= 64:
-        shapes = [(64, tokens, 4, 4), (32, tokens, 4, 4), (128, tokens, 4, 4), (64, tokens, 4, 6)]
-    elif T <= 512:
-        shapes = [(128, 64, 4, 4), (128, 128, 8, 3), (64, 128, 4, 4), (128, 128, 4, 3)]
+        shapes = [(64, few, 4, 4), (32, few, 4, 4), (128, few, 4, 4), (64, few, 4, 6)]
+    elif grouped or T <= 512:
+        shapes = [(128, 64, 4, 4), (128, 128, 8, 3), (64, 128, 4, 4), (128, 64, 8, 4)]
     else:
-        shapes = [(128, 128, 8, 3), (128, 256, 8, 3), (256, 128, 8, 3), (128, 128, 4, 4)]
+        shapes = [(128, 128, 8, 3), (128, 256, 8, 3), (128, 64, 4, 4), (256, 128, 8, 3)]
     return [Tiles(o, t, step, warps, stages) for o, t, warps, stages in shapes]
 
 
@@ -206,7 +206,7 @@ def _width(grid: Grid, I: int) -> int:
     return grid.group_size if grid.group_size > 0 else I
 
 
-def _step(S: int, packed: bool) -> int:
+def _step(S: int) -> int:
     """Columns a program multiplies at a time: a power of 2 that divides a segment."""
     return min(S & -S, 128)
 
