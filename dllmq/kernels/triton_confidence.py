@@ -10,13 +10,15 @@ Legend: n positions, E vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dllmq.kernels.triton_jit import kernel, power_of_2
 
-tl: object  # triton.language, set by the first launch
+tl: Any  # triton.language, set by the first launch
 CHUNK = 8192  # logits at a time
 
 
@@ -38,7 +40,7 @@ def argmax_confidence(logits: Float[Tensor, "n E"]) -> tuple[Int64[Tensor, " n"]
 
 
 @kernel
-def confidence_kernel(  # type: ignore[no-untyped-def]
+def confidence_kernel(
     logits_ptr, x0_ptr, p_ptr, stride, E: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One position."""

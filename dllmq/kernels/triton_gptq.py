@@ -12,13 +12,15 @@ Legend: O rows of W, B columns of the block, U its upper triangular factor, e er
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
 from dllmq.kernels.triton_jit import is_interpreted, kernel, power_of_2, round_half_even
 
-tl: object  # triton.language, set by the first launch
+tl: Any  # triton.language, set by the first launch
 COLUMNS = 128  # of a block at most: they lie in registers
 
 
@@ -57,7 +59,7 @@ def solve_block(
 
 
 @kernel
-def solve_kernel(  # type: ignore[no-untyped-def]
+def solve_kernel(
     w_ptr, u_ptr, scale_ptr, zero_ptr, codes_ptr, e_ptr, O, scale_i, scale_o, zero_i, zero_o,
     B: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_O: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip

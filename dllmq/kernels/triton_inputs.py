@@ -10,9 +10,9 @@ What the product multiplies are `codes` c with q - z = c + a:
     2 to 7 bits          c = q - z      a = 0        fits int8
     8 bits               c = q - 128    a = 128 - z
 
-`sums` are sum c over each segment of the row: the columns between two changes of a scale, of the weight or of
-the input. 4-bit weights lie two a byte, columns 2j and 2j + 1 together; their product wants the even columns of
-the input first, then the odd ones (`planes`).
+`sums` are sum c over each segment of the row: the columns between two changes of a scale, of the weight or
+of the input. 4-bit weights lie two a byte, columns 2j and 2j + 1 together; their product wants the even
+columns of the input first, then the odd ones (`planes`).
 
 Legend: T tokens, I inputs, S columns of a segment, G groups, R segments of a group, a offset.
 """
@@ -20,6 +20,7 @@ Legend: T tokens, I inputs, S columns of a segment, G groups, R segments of a gr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Int8
@@ -28,7 +29,7 @@ from torch import Tensor
 from dllmq.kernels.triton_jit import kernel, power_of_2, round_half_even
 from dllmq.numerics import Grid
 
-tl: object  # triton.language, set by the first launch
+tl: Any  # triton.language, set by the first launch
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,7 @@ class Norm:
     eps: float
 
 
-def quantize_inputs(
-    x: Float[Tensor, "T I"], grid: Grid, layout: Layout, norm: Norm | None = None
-) -> Inputs:
+def quantize_inputs(x: Float[Tensor, "T I"], grid: Grid, layout: Layout, norm: Norm | None = None) -> Inputs:
     """x (or norm(x)) under a dynamic grid: one scale per token, or per group of whole segments.
 
     Args:
@@ -97,7 +96,7 @@ def quantize_inputs(
 
 
 @kernel
-def quantize_kernel(  # type: ignore[no-untyped-def]
+def quantize_kernel(
     x_ptr,
     codes_ptr,
     scale_ptr,

@@ -105,6 +105,6 @@ def power_of_2(n: int) -> int:
 
 
 @kernel
-def round_half_even(x):  # type: ignore[no-untyped-def]
-    """To the nearest integer as torch.round does, for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits."""
+def round_half_even(x):
+    """To the nearest integer as torch.round does, for |x| < 2^22: beside 1.5 * 2^23 no fraction has room."""
     return (x + 12582912.0) - 12582912.0

@@ -2,7 +2,7 @@
 
     y = Q_a(x) Deq(Q_w)^T + b,      sum over segments n of  s_x s_w sum_i (q_x - z_x)(q_w - z_w)
 
-A segment is what lies between two changes of a scale: the whole row, or a group of the weight or of the input.
+A segment is what lies between two changes of a scale: the whole row, or a group of the weight or the input.
 Its sum is an integer and exact in int32. With codes c and offsets (q_x - z_x = c_x + a, q_w - z_w = c_w + d)
 
     sum (c_x + a)(c_w + d) = sum c_x c_w + d sum c_x + a sum (c_w + d)
@@ -26,7 +26,7 @@ Legend: T tokens, I inputs, O outputs, G groups, N segments of S columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -37,7 +37,7 @@ from dllmq.kernels.triton_jit import fastest, is_interpreted, kernel, power_of_2
 from dllmq.numerics import Grid, QuantizedTensor
 from dllmq.numerics.packed import pack
 
-tl: object  # triton.language, set by the first launch
+tl: Any  # triton.language, set by the first launch
 INPUTS = range(32, 33_025)  # columns; more could overflow: 33,025 * 255^2 < 2^31
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _NIBBLES = Grid(4)
@@ -72,7 +72,7 @@ class Operand:
 def supports(weight: Grid, inputs: Grid | None, O: int, I: int) -> bool:
     """Whether the kernels take these grids: row lengths and group sizes in multiples of 32, groups that nest;
     any weight, an input quantized per token or per group, or not at all."""
-    if I not in INPUTS or I % 32 or O < 1 or (inputs is not None and inputs.group_size == 0):
+    if I not in INPUTS or I % 32 or not 0 < O * I < 2**31 or (inputs is not None and inputs.group_size == 0):
         return False
     widths = [_width(weight, I), I if inputs is None else _width(inputs, I)]
     return all(I % w == 0 and w % 32 == 0 for w in widths) and max(widths) % min(widths) == 0
@@ -117,9 +117,7 @@ def quant_linear(
     return y.reshape(*x.shape[:-1], operand.shape[0])
 
 
-def quantize_for(
-    x: Float[Tensor, "T I"], operand: Operand, inputs: Grid, norm: Norm | None = None
-) -> Inputs:
+def quantize_for(x: Float[Tensor, "T I"], operand: Operand, inputs: Grid, norm: Norm | None = None) -> Inputs:
     """x as this operand wants it; all operands with the same `layout` can share it."""
     assert operand.layout is not None, "the operand was prepared for a full-precision input"
     return quantize_inputs(x, inputs, operand.layout, norm)
@@ -171,7 +169,7 @@ def weight_only_linear(
         grid = (-(-O // tiles.outputs) * -(-T // tiles.tokens),)
         weight_only_kernel[grid](
             x, w.codes, w.scale, w.offset, bias, y, T, O,
-            I=I, W_GROUP=w.group, PACKED=w.is_packed,
+            I=I, W_GROUP=w.group, PACKED=w.is_packed, UPCAST=is_interpreted(),
             BLOCK_O=tiles.outputs, BLOCK_T=tiles.tokens, BLOCK_I=tiles.columns, STAGES=tiles.stages,
             num_warps=tiles.warps,
         )  # fmt: skip
@@ -229,7 +227,7 @@ def _codes(codes: Tensor, zero: Tensor, grid: Grid, width: int) -> tuple[Tensor,
 
 
 @kernel
-def tile_of(T, O, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr):  # type: ignore[no-untyped-def]
+def tile_of(T, O, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr):
     """First output and token of this program: 8 rows of tiles at a time, so that neighbours in time share
     weights and inputs in the L2 cache."""
     pid = tl.program_id(0)
@@ -242,7 +240,7 @@ def tile_of(T, O, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr):  # type: ignore
 
 
 @kernel
-def multiply(  # type: ignore[no-untyped-def]
+def multiply(
     acc,
     w_ptr,
     x_ptr,
@@ -273,7 +271,7 @@ def multiply(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def corrected(  # type: ignore[no-untyped-def]
+def corrected(
     acc, x_offset_ptr, x_sums_ptr, w_offset_ptr, w_sums_ptr, n, o, t, T, O,
     S: tl.constexpr, W_GROUP: tl.constexpr, X_GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -288,9 +286,9 @@ def corrected(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def integer_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, x_scale_ptr, x_offset_ptr, x_sums_ptr, w_ptr, w_scale_ptr, w_offset_ptr, w_sums_ptr, bias_ptr, y_ptr,
-    T, O,
+def integer_kernel(
+    x_ptr, x_scale_ptr, x_offset_ptr, x_sums_ptr, w_ptr, w_scale_ptr, w_offset_ptr, w_sums_ptr,
+    bias_ptr, y_ptr, T, O,
     I: tl.constexpr, S: tl.constexpr, W_GROUP: tl.constexpr, X_GROUP: tl.constexpr,
     PACKED: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
@@ -332,9 +330,9 @@ def integer_kernel(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def weight_only_kernel(  # type: ignore[no-untyped-def]
+def weight_only_kernel(
     x_ptr, w_ptr, w_scale_ptr, w_offset_ptr, bias_ptr, y_ptr, T, O,
-    I: tl.constexpr, W_GROUP: tl.constexpr, PACKED: tl.constexpr,
+    I: tl.constexpr, W_GROUP: tl.constexpr, PACKED: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A tile [outputs, tokens] of y^T, the weight dequantized on the way."""
@@ -355,13 +353,16 @@ def weight_only_kernel(  # type: ignore[no-untyped-def]
             c = tl.load(w_ptr + o[:, None] * I + (start + i)[None, :]).to(tl.float32)
         if w_offset_ptr is not None:
             c += tl.load(w_offset_ptr + start // W_GROUP * O + o).to(tl.float32)[:, None]
-        w = c * tl.load(w_scale_ptr + start // W_GROUP * O + o)[:, None]
-        y = tl.dot(w.to(x.dtype), x, y, input_precision="ieee")
+        w = (c * tl.load(w_scale_ptr + start // W_GROUP * O + o)[:, None]).to(x.dtype)
+        if UPCAST:  # the interpreter multiplies no bf16
+            y = tl.dot(w.to(tl.float32), x.to(tl.float32), y, input_precision="ieee")
+        else:
+            y = tl.dot(w, x, y, input_precision="ieee")
     store(y, bias_ptr, y_ptr, o_all, t_all, T, O)
 
 
 @kernel
-def store(y, bias_ptr, y_ptr, o, t, T, O):  # type: ignore[no-untyped-def]
+def store(y, bias_ptr, y_ptr, o, t, T, O):
     """y^T + b, where there is a bias, to y [tokens, outputs]."""
     if bias_ptr is not None:
         y += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[:, None]

@@ -90,11 +90,14 @@ def report(name: str, result: Any) -> str:
     shared = result.metadata.shared
     if shared > SHARED:
         raise OutOfResources(shared, SHARED, "shared memory")
-    counts = {op: len(re.findall(rf"\b{op}\b", sass)) for op in ("IGMMA", "HGMMA", "IMMA", "HMMA", "UBLKCP", "LDGSTS")}
+    counts = {
+        op: len(re.findall(rf"\b{op}\b", sass))
+        for op in ("IGMMA", "HGMMA", "IMMA", "HMMA", "UBLKCP", "LDGSTS")
+    }
     used = ", ".join(f"{count} {op}" for op, count in counts.items() if count)
     return (
-        f"{name:22} {numbers.get('REG')} registers, {numbers.get('STACK', 0)} bytes of stack, {shared // 1024} "
-        f"KiB shared; {len(sass.splitlines()):5} lines: {used}"
+        f"{name:20} {numbers['REG']:3} registers, {numbers['STACK']:3} bytes of stack, "
+        f"{shared // 1024:3} KiB shared: {used}"
     )
 
 
@@ -106,7 +109,9 @@ def cases() -> dict[str, Callable[[], Any]]:
     """Name -> a call that launches what is to be compiled."""
     from dllmq.kernels import triton_confidence, triton_gptq, triton_linear
 
-    def linear(weight: Grid, inputs: Grid | None, T: int, O: int = 4096, I: int = 4096, tile: int = 0) -> Callable[[], Any]:
+    def linear(
+        weight: Grid, inputs: Grid | None, T: int, O: int = 4096, I: int = 4096, tile: int = 0
+    ) -> Callable[[], Any]:
         def call() -> None:
             G = I // weight.group_size if weight.group_size > 0 else 1
             codes = empty(O, I, dtype=torch.int8 if weight.symmetric else torch.uint8)
