@@ -26,6 +26,7 @@ Legend: T tokens, I inputs, O outputs, G groups, N segments of S columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ from torch import Tensor
 from dllmq.kernels.triton_inputs import Inputs, Layout, Norm, quantize_inputs
 from dllmq.kernels.triton_jit import fastest, is_interpreted, kernel, power_of_2
 from dllmq.numerics import Grid, QuantizedTensor
-from dllmq.numerics.packed import pack
+from dllmq.numerics.packed import pack, unpack
 
 tl: Any  # triton.language, set by the first launch
 INPUTS = range(32, 33_025)  # columns; more could overflow: 33,025 * 255^2 < 2^31
@@ -68,14 +69,22 @@ class Operand:
     def is_packed(self) -> bool:
         return self.codes.dtype == torch.uint8
 
+    def steps(self) -> Int[Tensor, "O I"]:
+        """q - z."""
+        c = unpack(self.codes, self.shape[1], _NIBBLES) if self.is_packed else self.codes
+        if self.offset is None:
+            return c.to(torch.int16)
+        groups = c.to(torch.int16).unflatten(1, (len(self.offset), -1))
+        return (groups + self.offset.T[..., None].to(torch.int16)).flatten(1)
+
 
 def supports(weight: Grid, inputs: Grid | None, O: int, I: int) -> bool:
-    """Whether the kernels take these grids: row lengths and group sizes in multiples of 32, groups that nest;
-    any weight, an input quantized per token or per group, or not at all."""
+    """Whether the kernels take these grids: row lengths and segments in multiples of 32 columns; any weight,
+    an input quantized per token or per group, or not at all."""
     if I not in INPUTS or I % 32 or not 0 < O * I < 2**31 or (inputs is not None and inputs.group_size == 0):
         return False
-    widths = [_width(weight, I), I if inputs is None else _width(inputs, I)]
-    return all(I % w == 0 and w % 32 == 0 for w in widths) and max(widths) % min(widths) == 0
+    widths = [_width(grid, I) for grid in (weight, inputs) if grid is not None]
+    return all(I % width == 0 for width in widths) and gcd(*widths) % 32 == 0
 
 
 def prepare(quantized: QuantizedTensor, inputs: Grid | None) -> Operand:
@@ -83,7 +92,7 @@ def prepare(quantized: QuantizedTensor, inputs: Grid | None) -> Operand:
     grid, (O, I) = quantized.grid, quantized.shape
     assert supports(grid, inputs, O, I) and quantized.group_index is None, f"no kernel for {grid}, {inputs}"
     width = _width(grid, I)
-    layout = None if inputs is None else _layout(grid, min(width, _width(inputs, I)))
+    layout = None if inputs is None else _layout(grid, gcd(width, _width(inputs, I)))
     rows = (O, I // width)
     scale, zero = quantized.scale.expand(rows), quantized.zero.expand(rows).to(torch.int32)
     codes, offset = _codes(quantized.codes, zero, grid, width)

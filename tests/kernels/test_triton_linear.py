@@ -1,6 +1,7 @@
-"""Low-bit products: integer sums are exact, and outputs are the definition up to the rounding of their type."""
+"""Low-bit products: sums of integers are exact, outputs are the definition up to their rounding."""
 
 from collections.abc import Iterator
+from math import gcd
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from triton_cases import DEVICE, needs_triton, rows
 
 from dllmq.kernels import triton_jit
-from dllmq.kernels.triton_linear import Tiles, integer_linear, prepare, quantize_for, quant_linear, supports
+from dllmq.kernels.triton_linear import Tiles, integer_linear, prepare, quant_linear, quantize_for, supports
 from dllmq.methods.rtn import round_to_nearest
 from dllmq.numerics import Grid, fit, quantize
 from dllmq.numerics.packed import PackedTensor
@@ -27,8 +28,8 @@ def segments(x: Tensor, W: Tensor, inputs: Grid, weights: Grid) -> Iterator[tupl
     """(integer sum, what it contributes to the output in fp64), between two changes of a scale."""
     sides = [(x, fit(x, inputs), inputs), (W, fit(W, weights), weights)]
     codes = [quantize(v, params, grid).long() for v, params, grid in sides]
-    width = min(grid.group_size if grid.group_size > 0 else I for grid in (inputs, weights))
-    for start in range(0, I, width):
+    width = gcd(*(grid.group_size if grid.group_size > 0 else x.shape[1] for grid in (inputs, weights)))
+    for start in range(0, x.shape[1], width):
         steps, scales = [], []
         for q, (_, params, grid) in zip(codes, sides, strict=True):
             group = start // grid.group_size if grid.group_size > 0 else 0
@@ -117,6 +118,20 @@ def test_full_precision_inputs(weights: Grid, dtype: torch.dtype) -> None:
     assert y.dtype == dtype and bool(((y.double() - expected).abs() <= bound).all())
 
 
+def test_groups_of_either_side_that_do_not_nest() -> None:
+    check(torch.randn(2, 192), torch.randn(O, 192), Grid(8, 96), Grid(4, 64))
+
+
+@pytest.mark.parametrize(
+    "weights", [Grid(3, 32), Grid(4, 0), Grid(8, 64), Grid(6), Grid(4, -1, True)], ids=str
+)
+def test_codes_come_back(weights: Grid) -> None:
+    quantized = round_to_nearest(torch.randn(O, I), weights)
+    steps = prepare(quantized, Grid(8)).steps()
+    zero = quantized.zero.repeat_interleave(I // quantized.zero.shape[1], 1)
+    assert torch.equal(steps.float(), quantized.codes.float() - zero)
+
+
 def test_leading_dimensions_and_no_tokens() -> None:
     operand = prepare(round_to_nearest(torch.randn(O, I), Grid(4)).to(DEVICE), Grid(8))
     x = torch.randn(2, 3, I, device=DEVICE)
@@ -126,7 +141,7 @@ def test_leading_dimensions_and_no_tokens() -> None:
 
 
 def test_packed_weights_are_the_bytes_they_are_stored_in() -> None:
-    """At 4 bits the operand's codes are those of numerics/packed.py, and narrower ones take two a byte too."""
+    """At 4 bits the codes lie as in numerics/packed.py; narrower ones take two a byte too."""
     quantized = round_to_nearest(torch.randn(O, I), Grid(4, 32))
     operand = prepare(quantized, Grid(8))
     assert torch.equal(operand.codes, PackedTensor.of(quantized).packed)
@@ -154,7 +169,8 @@ def test_numbers_do_not_depend_on_the_tiles(monkeypatch: pytest.MonkeyPatch, wei
         (Grid(4, 128), Grid(4), 126464, 4096, True),
         (Grid(3, 0), Grid(4, 64), 7, 64, True),
         (Grid(2, 96), None, 8, 192, True),
-        (Grid(4, 64), Grid(8, 96), 8, 192, False),  # groups that do not nest
+        (Grid(4, 64), Grid(8, 96), 8, 192, True),
+        (Grid(4, 64), Grid(8, 48), 8, 192, False),  # segments of 16
         (Grid(4, 16), Grid(8), 8, 64, False),
         (Grid(4), Grid(8, 0), 8, 64, False),
         (Grid(4), Grid(8), 8, 40, False),
