@@ -25,7 +25,7 @@ SAMPLER = SamplerConfig(gen_length=32, steps=16, block_length=16)
 @cache
 def prompts() -> list[Tensor]:
     texts = [doc["question"] for doc in problems("mini_gsm", "dev", 8)]
-    return encode_prompts(texts, load_tokenizer(EMBEDDED))
+    return encode_prompts(texts, load_tokenizer(EMBEDDED), chat_template=False)
 
 
 def model_on(device: str, recipe: Recipe | None = None) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed (pip install triton; Linux on x86-64)")
 
+from dllmq.kernels import triton_jit, triton_linear
 from dllmq.kernels.triton_confidence import argmax_confidence
 from dllmq.kernels.triton_gptq import solve_block
 from dllmq.kernels.triton_inputs import Layout, Norm, quantize_inputs
@@ -24,7 +25,14 @@ from dllmq.numerics import Grid, Params, dequantize, fake_quant, fit, quantize
 
 pytestmark = pytest.mark.gpu
 HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-SHAPES = [(4096, 4096), (12288, 4096), (4096, 12288)]
+
+
+@pytest.fixture
+def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first tile of each kind: compiling all of them takes minutes."""
+    found = triton_linear.candidates
+    monkeypatch.setattr(triton_linear, "candidates", lambda *args: found(*args)[:1])
+    monkeypatch.setattr(triton_jit, "_CHOSEN", {})
 
 
 def weight(O: int, I: int, grid: Grid) -> Any:
@@ -47,33 +55,51 @@ def agrees(y: Tensor, expected: Tensor, size: Tensor) -> bool:
     return bool(((y.double() - expected).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("T", [1, 16, 37, 256, 1024])
-@pytest.mark.parametrize(("O", "I"), SHAPES)
+W8A8, W4A8, W4A4 = (Grid(8, symmetric=True), Grid(8, symmetric=True)), (Grid(4), Grid(8)), (Grid(4), Grid(4))
+GROUPED = (Grid(4, 128), Grid(4))
+OTHERS = [
+    *((Grid(8), Grid(8)), (Grid(6), Grid(8)), (Grid(3, 128), Grid(8)), (Grid(4, 32), Grid(8))),
+    *((Grid(4, 64), Grid(8)), (Grid(4, 128, True), Grid(4, 128)), (Grid(4, 128), Grid(4, 64))),
+]
+
+
 @pytest.mark.parametrize(
-    ("grid", "inputs"),
+    ("O", "I", "grid", "inputs"),
     [
-        (Grid(8, symmetric=True), Grid(8, symmetric=True)),
-        (Grid(8), Grid(8)),
-        (Grid(4), Grid(8)),
-        (Grid(4), Grid(4)),
-        (Grid(4, 128), Grid(4)),
-        (Grid(4, 128), Grid(8)),
-        (Grid(4, 128), Grid(4, 128)),
-        (Grid(4, 64), Grid(8)),
-        (Grid(4, 32), Grid(8)),
-        (Grid(3, 128), Grid(8)),
-        (Grid(6), Grid(8)),
+        *((4096, 4096, *grids) for grids in (W8A8, W4A8, W4A4, GROUPED, *OTHERS)),
+        *((O, I, *grids) for O, I in ((12288, 4096), (4096, 12288)) for grids in (W8A8, W4A8, GROUPED)),
+        (126464, 4096, *W4A8),
+        (525, 4128, *W4A8),
     ],
-    ids=str,
 )
-def test_linears_of_the_8b_model(T: int, O: int, I: int, grid: Grid, inputs: Grid) -> None:
-    quantized = weight(O, I, grid)
-    x, bias = torch.randn(T, I, device="cuda", dtype=torch.bfloat16), torch.randn(O, device="cuda")
-    expected, size = definition(x, quantized, inputs)
+def test_linears_of_the_8b_model(untuned: None, O: int, I: int, grid: Grid, inputs: Grid) -> None:
+    """And of a shape that no tile divides; from one token to more than fit a tile."""
+    quantized, bias = weight(O, I, grid), torch.randn(O, device="cuda")
     operand = prepare(quantized, inputs)
-    assert agrees(quant_linear(x, operand, inputs, bias), expected + bias.double(), size + bias.abs())
-    if T == 37:
-        assert agrees(quant_linear(x.float(), operand, inputs), expected, size)
+    for T in (1, 37, 300, 1100) if O < 100_000 else (16,):
+        x = torch.randn(T, I, device="cuda", dtype=torch.bfloat16)
+        expected, size = definition(x, quantized, inputs)
+        y = quant_linear(x, operand, inputs, bias)
+        assert agrees(y, expected + bias.double(), size + bias.abs()), f"{T} tokens"
+        if T == 37:
+            assert agrees(quant_linear(x.float(), operand, inputs), expected, size), "fp32"
+
+
+@pytest.mark.parametrize(("grid", "inputs"), [W8A8, W4A8, GROUPED, (Grid(4, 128), None)])
+def test_every_tile_to_choose_from_fits_and_agrees(grid: Grid, inputs: Grid | None) -> None:
+    """What `fastest` tries; none may need more shared memory or registers than there are."""
+    quantized = weight(4096, 4096, grid)
+    operand = prepare(quantized, inputs)
+    for T in (16, 256, 2048):
+        x = torch.randn(T, 4096, device="cuda", dtype=torch.bfloat16)
+        expected, size = definition(x, quantized, inputs)
+        if inputs is None:
+            size = size * 2.0**14  # dequantized weights are rounded to bf16
+        for tiles in triton_linear.candidates(T, 4096, 64 if inputs is None else 128, grid.group_size > 0):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(triton_linear, "candidates", lambda *_, tiles=tiles: [tiles])
+                triton_jit._CHOSEN.clear()
+                assert agrees(quant_linear(x, operand, inputs), expected, size), f"{T} tokens, {tiles}"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +120,7 @@ def test_sums_are_integers_and_exact(grid: Grid, inputs: Grid) -> None:
 @pytest.mark.parametrize("T", [1, 16, 300])
 @pytest.mark.parametrize("grid", [Grid(4), Grid(4, 128), Grid(4, 32, True), Grid(8), Grid(3, 128)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_full_precision_inputs(T: int, grid: Grid, dtype: torch.dtype) -> None:
+def test_full_precision_inputs(untuned: None, T: int, grid: Grid, dtype: torch.dtype) -> None:
     """The weight is rounded to the input's type, as the dequantized one is."""
     quantized = weight(4096, 4096, grid)
     x = torch.randn(T, 4096, device="cuda", dtype=dtype)
@@ -102,13 +128,6 @@ def test_full_precision_inputs(T: int, grid: Grid, dtype: torch.dtype) -> None:
     y = quant_linear(x, prepare(quantized, None), None)
     bound = 1.01 * HALF_ULP[dtype] * (x.double() @ W.T).abs() + 2.0**-20 * (x.double().abs() @ W.abs().T)
     assert y.dtype == dtype and bool(((y.double() - x.double() @ W.T).abs() <= bound).all())
-
-
-def test_the_head() -> None:
-    quantized = weight(126464, 4096, Grid(4))
-    x = torch.randn(16, 4096, device="cuda", dtype=torch.bfloat16)
-    expected, size = definition(x, quantized, Grid(8))
-    assert agrees(quant_linear(x, prepare(quantized, Grid(8)), Grid(8)), expected, size)
 
 
 @pytest.mark.parametrize("I", [4096, 12288])

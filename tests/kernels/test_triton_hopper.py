@@ -1,4 +1,4 @@
-"""Every kernel compiles for an H200 (sm_90), without one: with its tensor cores, without spilling registers."""
+"""Every kernel compiles for an H200 (sm_90) on any machine: tensor cores, no register spilled."""
 
 import os
 import re
@@ -15,10 +15,11 @@ pytestmark = [needs_triton, pytest.mark.slow]
 
 def test_first_choices_use_the_tensor_cores_and_fit(tmp_path: Path) -> None:
     """The tiles that are taken where nothing was measured."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
-        "TRITON_CACHE_DIR": str(tmp_path)
+    env = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), *sys.path]),
     }
-    env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent.parent), *sys.path])
     command = [sys.executable, str(HERE / "compile_for_hopper.py"), "tile=0", "gptq", "confidence"]
     out = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=600).stdout
     lines = out.splitlines()
