@@ -14,7 +14,8 @@ from dllmq.methods import AWQ, GPTQ, RTN
 from dllmq.mini.tasks import problems
 from dllmq.models import load_model
 from dllmq.models.tokenizer import load_tokenizer
-from dllmq.numerics import Grid
+from dllmq.numerics import Grid, fit
+from dllmq.numerics import quantize as quantize_values
 from dllmq.pipeline import quantize, quantized_linears, set_backend
 from dllmq.recipe import Recipe
 
@@ -53,6 +54,16 @@ def test_full_precision_generates_the_same_tokens() -> None:
     torch.testing.assert_close(logits(models[1]), logits(models[0]), atol=1e-3, rtol=1e-3)
     tokens = [generate(m, prompts()[0][None].to(m.device), SAMPLER).tokens.cpu() for m in models]
     assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_scales_and_codes_are_the_same_bit_for_bit(bits: int, symmetric: bool) -> None:
+    x = torch.randn(500, 384) * torch.rand(500, 1)
+    for grid in (Grid(bits, -1, symmetric), Grid(bits, 64, symmetric)):
+        here, there = fit(x, grid), fit(x.cuda(), grid)
+        assert torch.equal(there.scale.cpu(), here.scale) and torch.equal(there.zero.cpu(), here.zero)
+        assert torch.equal(quantize_values(x.cuda(), there, grid).cpu(), quantize_values(x, here, grid))
 
 
 METHODS = [RTN(), GPTQ(), AWQ(n_grid=4)]

@@ -33,9 +33,10 @@ def argmax_confidence(logits: Float[Tensor, "n E"]) -> tuple[Int64[Tensor, " n"]
     p = torch.empty(n, dtype=torch.float32, device=logits.device)
     if n:
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
-        confidence_kernel[(n,)](
-            logits, x0, p, logits.stride(0), E=E, CHUNK=min(CHUNK, power_of_2(E)), num_warps=8
-        )
+        with torch.cuda.device_of(logits):
+            confidence_kernel[(n,)](
+                logits, x0, p, logits.stride(0), E=E, CHUNK=min(CHUNK, power_of_2(E)), num_warps=8
+            )
     return x0, p
 
 

@@ -51,10 +51,11 @@ def solve_block(
     E = torch.empty_like(Wt)
     U = U.contiguous()
     rows = 128 if is_interpreted() else 32  # of W: one to a thread
-    solve_kernel[(-(-O // rows),)](
-        Wt, U, scale, zero, codes, E, O, *scale.stride(), *zero.stride(),
-        B=B, BLOCK_B=power_of_2(B), BLOCK_O=rows, LOW=low, HIGH=high, num_warps=1, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(Wt):
+        solve_kernel[(-(-O // rows),)](
+            Wt, U, scale, zero, codes, E, O, *scale.stride(), *zero.stride(),
+            B=B, BLOCK_B=power_of_2(B), BLOCK_O=rows, LOW=low, HIGH=high, num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
     return codes, E
 
 

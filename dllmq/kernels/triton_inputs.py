@@ -84,7 +84,9 @@ def quantize_inputs(x: Float[Tensor, "T I"], grid: Grid, layout: Layout, norm: N
     offset = torch.empty(G, T, dtype=torch.int32, device=x.device) if has_offset else None
     sums = torch.empty(G * R, T, dtype=torch.int32, device=x.device)
     blocks = tuple(map(power_of_2, (G, R, S)))
-    if T:
+    if not T:
+        return Inputs(codes, scale, offset, sums, layout)
+    with torch.cuda.device_of(x):
         quantize_kernel[(T,)](
             x, codes, scale, offset, sums, None if norm is None else norm.weight,
             0.0 if norm is None else norm.eps, x.stride(0), T,

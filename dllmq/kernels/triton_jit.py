@@ -11,7 +11,6 @@ and a sum become one fused operation unless the launch says `enable_fp_fusion=Fa
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Hashable, Sequence
@@ -56,14 +55,8 @@ def _load(module: dict[str, Any]) -> None:
             module[name] = triton.jit(value.fn) if own else value.compiled()
 
 
-def is_available(device: torch.device) -> bool:
-    """Whether the kernels run there: on CUDA, and with TRITON_INTERPRET=1 on the CPU."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return device.type == "cuda" or (device.type == "cpu" and is_interpreted())
-
-
 def is_interpreted() -> bool:
+    """Whether kernels run on the CPU, without being compiled."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -73,11 +66,12 @@ def fastest(key: Hashable, candidates: Sequence[Tiles], run: Callable[[Tiles], A
     The first one, untimed, in the interpreter and while a CUDA graph is captured. Candidates that do not fit
     into the GPU's shared memory or registers are passed over.
     """
+    if key in _CHOSEN:
+        return _CHOSEN[key]
     if len(candidates) == 1 or is_interpreted() or torch.cuda.is_current_stream_capturing():
-        return _CHOSEN.get(key, candidates[0])
-    if key not in _CHOSEN:
-        times = [_milliseconds(run, candidate) for candidate in candidates]
-        _CHOSEN[key] = candidates[times.index(min(times))]
+        return candidates[0]
+    times = [_milliseconds(run, candidate) for candidate in candidates]
+    _CHOSEN[key] = candidates[times.index(min(times))]
     return _CHOSEN[key]
 
 

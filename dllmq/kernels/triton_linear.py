@@ -159,9 +159,11 @@ def integer_linear(
             num_warps=tiles.warps,
         )  # fmt: skip
 
+    assert T * I < 2**31, f"{T} tokens of {I} inputs are more than a kernel can address: split them"
     if T:
         key = ("integer", power_of_2(T), O, I, S, w.is_packed, dtype, y.device)
-        run(fastest(key, candidates(T, O, _step(S), S < I), run))
+        with torch.cuda.device_of(y):
+            run(fastest(key, candidates(T, O, _step(S), S < I), run))
     return y
 
 
@@ -185,7 +187,8 @@ def weight_only_linear(
 
     if T:
         key = ("weight only", power_of_2(T), O, I, w.group, w.is_packed, x.dtype, y.device)
-        run(fastest(key, candidates(T, O, min(64, _step(w.group)), False), run))
+        with torch.cuda.device_of(y):
+            run(fastest(key, candidates(T, O, min(64, _step(w.group)), False), run))
     return y
 
 
