@@ -50,6 +50,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which torch does not do
 
 # Examples are the same in every run; a property that fails here fails everywhere.
 settings.register_profile("dllmq", derandomize=True, deadline=None)

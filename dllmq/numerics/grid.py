@@ -116,7 +116,7 @@ def fit(x: Float[Tensor, "*rows I"], grid: Grid, shrink: float = 1.0) -> Params:
     else:
         low, high = shrink * low.clamp(max=0), shrink * high.clamp(min=0)
         span = high - low
-    scale = span / (2**grid.bits - 1)
+    scale = span / torch.full_like(span, 2**grid.bits - 1)  # a number: CUDA would multiply by its reciprocal
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
     zero = torch.zeros_like(scale) if grid.symmetric else torch.round((0.0 - low) / scale)
     return Params(scale, zero)
