@@ -40,7 +40,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from dllmq.diffusion.predict import MaskPredictor, hidden_states
+from dllmq.diffusion.predict import Hidden, MaskPredictor, lazy_states
 from dllmq.diffusion.process import tokens_per_step, uniform
 from dllmq.diffusion.reader import Reader, flag_ids
 from dllmq.diffusion.settings import SamplerConfig, check_sampler
@@ -213,7 +213,7 @@ def state_confidence(
     device = model.device
     x, given, where = x.to(device), given.to(device), where.to(device)
     mask = None if attention_mask is None else attention_mask.to(device)
-    hidden = hidden_states(model, x, mask, given, config.cfg_scale)
+    hidden = lazy_states(model, x, mask, given, config.cfg_scale)
     read = Reader(model, replace(config, temperature=0.0), flag_ids(model, config), None, keep_logits=False)
     return read(x, hidden, where, where)[1]
 
@@ -236,23 +236,21 @@ def _nobody(generated: Int[Tensor, "b gen"]) -> Bool[Tensor, " b"]:
 # visited and what a visit commits.
 @runtime_checkable
 class Forward(Protocol):
-    def __call__(
-        self, x: Int[Tensor, "B L"], block: int, step: int
-    ) -> tuple[Float[Tensor, "B L d"], ...]: ...
+    def __call__(self, x: Int[Tensor, "B L"], block: int, step: int) -> tuple[Hidden, ...]: ...
     def keep(self, stay: Bool[Tensor, " B"]) -> "Forward": ...
 
 
 @dataclass(frozen=True)
 class FullForward:
-    """x_t -> hidden states of the whole canvas, recomputed in every step."""
+    """x_t -> hidden states of the canvas, recomputed in each step (the last block where they are read)."""
 
     model: MaskPredictor
     given: Bool[Tensor, "B L"]
     attention_mask: Shaped[Tensor, "B L"] | None
     cfg_scale: float
 
-    def __call__(self, x: Int[Tensor, "B L"], block: int, step: int) -> tuple[Float[Tensor, "B L d"], ...]:
-        return hidden_states(self.model, x, self.attention_mask, self.given, self.cfg_scale)
+    def __call__(self, x: Int[Tensor, "B L"], block: int, step: int) -> tuple[Hidden, ...]:
+        return lazy_states(self.model, x, self.attention_mask, self.given, self.cfg_scale)
 
     def keep(self, stay: Bool[Tensor, " B"]) -> "FullForward":
         """The same for the rows that stay in the batch."""

@@ -27,6 +27,7 @@ from lm_eval.api.model import LM
 from torch import Tensor
 
 from dllmq.diffusion import MaskPredictor, apply, denoise, greedy_match, log_likelihoods
+from dllmq.diffusion.predict import States, states_of
 from dllmq.evaluation.settings import EvalSettings
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,10 @@ class CountingModel:
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         self.counters.forwards += 1
         return self.model.hidden_states(input_ids, attention_mask)
+
+    def states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> States:
+        self.counters.forwards += 1
+        return states_of(self.model, input_ids, attention_mask)
 
     def head(self, h: Tensor) -> Tensor:
         return self.model.head(h)
