@@ -29,6 +29,7 @@ from dllmq.diffusion import MaskPredictor, apply, denoise, greedy_match, log_lik
 from dllmq.diffusion.predict import States, states_of
 from dllmq.evaluation.batches import Batches, halved, settle
 from dllmq.evaluation.settings import EvalSettings
+from dllmq.models.graphs import graphed
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
@@ -132,7 +133,7 @@ class DiffusionLM(LM):
     ) -> None:
         super().__init__()
         self.counters = Counters()
-        self.model, self.tokenizer = CountingModel(model, self.counters), tokenizer
+        self.model, self.tokenizer = CountingModel(graphed(model), self.counters), tokenizer
         self.settings, self.progress = settings or EvalSettings(), progress
         self._device = model.device
         self._warned = False

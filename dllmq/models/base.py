@@ -155,7 +155,11 @@ class BlockStack(nn.Module, ABC):
         self, input_ids: Int[Tensor, "B L"], attention_mask: Tensor | None = None
     ) -> Float[Tensor, "B L d"]:
         """Output of the final norm, so that the head can run at chosen columns only."""
-        x, ctx = self.embed(input_ids), self.context(input_ids.shape[1], attention_mask)
+        return self.run_blocks(input_ids, self.context(input_ids.shape[1], attention_mask))
+
+    def run_blocks(self, input_ids: Int[Tensor, "B L"], ctx: BlockContext) -> Float[Tensor, "B L d"]:
+        """`hidden_states` in a given context."""
+        x = self.embed(input_ids)
         for block in self.blocks:
             x = block(x, ctx)
         return self.final_norm(x)
