@@ -40,8 +40,9 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from dllmq.diffusion.predict import MaskPredictor, at_least_float32, hidden_states, logits_at
+from dllmq.diffusion.predict import Hidden, MaskPredictor, lazy_states
 from dllmq.diffusion.process import tokens_per_step, uniform
+from dllmq.diffusion.reader import Reader, flag_ids
 from dllmq.diffusion.settings import SamplerConfig, check_sampler
 
 OBSERVE = ("committable", "masked", "all")
@@ -187,7 +188,7 @@ def _process(
         mask_id=mask_id,
         forward=forward,
         commit=TopK(config.steps_per_block),
-        read=_Reader(model, config, _flag_ids(model, config), generator, keep_logits),
+        read=Reader(model, config, flag_ids(model, config), generator, keep_logits),
         observe=observe,
         leave=leave,
     )
@@ -212,8 +213,8 @@ def state_confidence(
     device = model.device
     x, given, where = x.to(device), given.to(device), where.to(device)
     mask = None if attention_mask is None else attention_mask.to(device)
-    hidden = hidden_states(model, x, mask, given, config.cfg_scale)
-    read = _Reader(model, replace(config, temperature=0.0), _flag_ids(model, config), None, keep_logits=False)
+    hidden = lazy_states(model, x, mask, given, config.cfg_scale)
+    read = Reader(model, replace(config, temperature=0.0), flag_ids(model, config), None, keep_logits=False)
     return read(x, hidden, where, where)[1]
 
 
@@ -235,23 +236,21 @@ def _nobody(generated: Int[Tensor, "b gen"]) -> Bool[Tensor, " b"]:
 # visited and what a visit commits.
 @runtime_checkable
 class Forward(Protocol):
-    def __call__(
-        self, x: Int[Tensor, "B L"], block: int, step: int
-    ) -> tuple[Float[Tensor, "B L d"], ...]: ...
+    def __call__(self, x: Int[Tensor, "B L"], block: int, step: int) -> tuple[Hidden, ...]: ...
     def keep(self, stay: Bool[Tensor, " B"]) -> "Forward": ...
 
 
 @dataclass(frozen=True)
 class FullForward:
-    """x_t -> hidden states of the whole canvas, recomputed in every step."""
+    """x_t -> hidden states of the canvas, recomputed in each step (the last block where they are read)."""
 
     model: MaskPredictor
     given: Bool[Tensor, "B L"]
     attention_mask: Shaped[Tensor, "B L"] | None
     cfg_scale: float
 
-    def __call__(self, x: Int[Tensor, "B L"], block: int, step: int) -> tuple[Float[Tensor, "B L d"], ...]:
-        return hidden_states(self.model, x, self.attention_mask, self.given, self.cfg_scale)
+    def __call__(self, x: Int[Tensor, "B L"], block: int, step: int) -> tuple[Hidden, ...]:
+        return lazy_states(self.model, x, self.attention_mask, self.given, self.cfg_scale)
 
     def keep(self, stay: Bool[Tensor, " B"]) -> "FullForward":
         """The same for the rows that stay in the batch."""
@@ -300,7 +299,7 @@ class _ReverseProcess:
     mask_id: int
     forward: Forward
     commit: TopK
-    read: "_Reader"
+    read: Reader
     observe: str
     leave: Leave
 
@@ -358,90 +357,6 @@ class _ReverseProcess:
         if self.config.remasking != "random":
             return None
         return uniform(tuple(x.shape), self.read.generator, x.device)
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """hidden states -> prediction, confidence (and logits) at the observed positions."""
-
-    model: MaskPredictor
-    config: SamplerConfig
-    flag_ids: tuple[list[int], list[int]]  # never predicted; never trusted
-    generator: torch.Generator | None
-    keep_logits: bool
-
-    def __call__(
-        self,
-        x: Int[Tensor, "B L"],
-        hidden: tuple[Float[Tensor, "B L d"], ...],
-        committable: Bool[Tensor, "B L"],
-        observed: Bool[Tensor, "B L"],
-    ) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B L"], Float[Tensor, "N E"] | None]:
-        groups = [committable]  # alone and first, so that its rounding and noise never depend on `observed`
-        rest = observed & ~committable
-        if bool(rest.any()):
-            groups.append(rest)
-        prediction, confidence, logits = x.clone(), None, None
-        for group in groups:
-            temperature = self.config.temperature if group is committable else 0.0
-            parts = [self._read(part, temperature) for part in self._logits(hidden, group)]
-            x0, p, values = (torch.cat(part) for part in zip(*parts, strict=True))
-            if confidence is None:
-                confidence = p.new_zeros(x.shape)
-                logits = values.new_empty(int(observed.sum()), values.shape[1]) if self.keep_logits else None
-            prediction[group] = x0
-            confidence[group] = p
-            if logits is not None:
-                logits[group[observed]] = values
-        assert confidence is not None
-        return prediction, confidence, logits
-
-    def _logits(self, hidden: tuple[Tensor, ...], where: Tensor) -> Iterator[Tensor]:
-        never_predicted = self.flag_ids[0]
-        for logits in logits_at(self.model, hidden, where, self.config.cfg_scale):
-            yield _exclude(logits, never_predicted)
-
-    def _read(
-        self, logits: Float[Tensor, "n E"], temperature: float
-    ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, "n E2"]]:
-        x0 = self._noisy(logits, temperature).argmax(-1)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        p = torch.softmax(_exclude(logits, self.flag_ids[1]), -1, dtype=dtype).gather(1, x0[:, None])[:, 0]
-        # new_empty, not logits[:, :0]: a view would keep every chunk's logits alive
-        return x0, p, at_least_float32(logits) if self.keep_logits else logits.new_empty(len(logits), 0)
-
-    def _noisy(self, logits: Float[Tensor, "n E"], temperature: float) -> Float[Tensor, "n E"]:
-        if temperature == 0:
-            return logits
-        u = uniform(tuple(logits.shape), self.generator, logits.device, torch.float64)
-        return logits.double() - temperature * torch.log(-torch.log(u))
-
-
-def _exclude(logits: Float[Tensor, "n E"], ids: list[int]) -> Float[Tensor, "n E"]:
-    """The logits with -inf at `ids`; unchanged, and not copied, when there are none."""
-    if not ids:
-        return logits
-    return logits.index_fill(-1, torch.tensor(ids, device=logits.device), -torch.inf)
-
-
-def _flag_ids(model: MaskPredictor, config: SamplerConfig) -> tuple[list[int], list[int]]:
-    """The ids that the two EOS flags exclude from the prediction and from the confidence."""
-
-    def id_of(name: str, flag: str) -> int:
-        if (value := getattr(model.config, name, None)) is None:
-            raise ValueError(
-                f"{flag}=true needs {name}, which the model's config does not have: set it to false."
-            )
-        return int(value)
-
-    never_predicted, never_trusted = [], []
-    if config.logits_eos_inf:
-        never_predicted = [id_of("eos_token_id", "logits_eos_inf")]
-    if config.confidence_eos_eot_inf:
-        never_trusted = [id_of(name, "confidence_eos_eot_inf") for name in ("eot_token_id", "eos_token_id")]
-        if config.temperature > 0:
-            never_trusted = never_trusted[:1]  # only EoT, see the module's docstring
-    return never_predicted, never_trusted
 
 
 def _canvas_mask(mask: Tensor, prompt_ids: Tensor, gen_length: int, device: torch.device) -> Tensor:
