@@ -57,17 +57,17 @@ def hidden_states(
     Column i predicts token i.
     """
     if cfg_scale == 0:
-        return (_aligned(model, model.hidden_states(x, attention_mask), attention_mask),)
+        return (aligned(model, model.hidden_states(x, attention_mask), attention_mask),)
     unconditional = x.masked_fill(given, model.config.mask_token_id)
     pair_mask = None if attention_mask is None else torch.cat([attention_mask, attention_mask])
     pair = model.hidden_states(torch.cat([x, unconditional]), pair_mask)
-    return tuple(_aligned(model, pair, pair_mask).chunk(2))
+    return tuple(aligned(model, pair, pair_mask).chunk(2))
 
 
-def _aligned(
+def aligned(
     model: MaskPredictor, h: Float[Tensor, "B L d"], attention_mask: Shaped[Tensor, "B L"] | None
 ) -> Float[Tensor, "B L d"]:
-    """h itself, or for a model with shifted logits h moved one column to the right."""
+    """h itself, or for a model with shifted logits h moved one column to the right, in new memory."""
     if not getattr(model.config, "shifted_logits", False):
         return h
     previous = torch.cat([h[:, :1], h[:, :-1]], dim=1)

@@ -215,7 +215,8 @@ class DreamBlock(Block):
         return rotate(Q, ctx.sin, ctx.cos, False), rotate(K, ctx.sin, ctx.cos, False), V
 
     def attention(self, h: Float[Tensor, "B L d"], ctx: BlockContext) -> Float[Tensor, "B L d"]:
-        mixed = self.product(*self.project(h, ctx), ctx.bias)
+        Q, K, V = self.project(h, ctx)
+        mixed = self.product(Q, *ctx.keys_values(K, V), ctx.bias)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     @property

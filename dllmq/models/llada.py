@@ -208,7 +208,7 @@ class LLaDABlock(Block):
 
     def attention(self, h: Float[Tensor, "B L d"], ctx: BlockContext) -> Float[Tensor, "B L d"]:
         Q, K, V = self.project(h, ctx)
-        mixed = self.product(Q, K, V, ctx.bias)
+        mixed = self.product(Q, *ctx.keys_values(K, V), ctx.bias)
         return self.attn_out(mixed.transpose(1, 2).flatten(2))
 
     def mlp(self, h: Float[Tensor, "B L d"]) -> Float[Tensor, "B L d"]:
