@@ -71,12 +71,12 @@ class BlockCache(ABC):
 
     def __call__(self, x: Int[Tensor, "B L"], block: int, step: int) -> tuple[Float[Tensor, "B L d"], ...]:
         if step == 0 or self._kept is None:
-            self._kept = self.model.start_cache(x, self.attention_mask)  # type: ignore[attr-defined]
+            self._kept = self.model.start_cache(x, self.attention_mask)
         else:
             hidden, cache = self._kept
             start = self.start(block)
             stop = self.stop(start, x.shape[1])
-            hidden[:, start:stop] = self.model.use_cache(x[:, start:stop], start, cache)  # type: ignore[attr-defined]
+            hidden[:, start:stop] = self.model.use_cache(x[:, start:stop], start, cache)
         return (aligned(self.model, self._kept[0], self.attention_mask),)
 
     def start(self, block: int) -> int:
@@ -97,7 +97,7 @@ class BlockCache(ABC):
     def keep(self, stay: Bool[Tensor, " B"]) -> BlockCache:
         """The same for the rows that stay in the batch; what is kept moves there."""
         mask = None if self.attention_mask is None else self.attention_mask[stay]
-        new = type(self)(self.model, mask, self.prompt_length, self.block_length)  # type: ignore[arg-type]
+        new = type(self)(self.model, mask, self.prompt_length, self.block_length)
         if self._kept is not None:
             (hidden, cache), self._kept = self._kept, None
             new._kept = hidden[stay], cache.take(stay)

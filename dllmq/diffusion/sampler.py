@@ -280,8 +280,8 @@ class CommitRule(Protocol):
 class Reads(Protocol):
     """Hidden states -> prediction, confidence and logits (None unless kept), as reader.Reader."""
 
-    generator: torch.Generator | None
-
+    @property
+    def generator(self) -> torch.Generator | None: ...
     def __call__(
         self,
         x: Int[Tensor, "B L"],

@@ -101,6 +101,13 @@ class SamplerConfig:
         """Whether the process is the published one: no cache, no threshold."""
         return self.cache == "none" and self.threshold is None
 
+    @property
+    def approximations(self) -> str:
+        """ "cache=dual, threshold=0.9", "" where the process is exact."""
+        on = [f"cache={self.cache}"] if self.cache != "none" else []
+        on += [f"threshold={self.threshold:g}"] if self.threshold is not None else []
+        return ", ".join(on)
+
     def made_exact(self) -> "SamplerConfig":
         """The same without cache and threshold; Dream's also without blocks."""
         block_length = self.gen_length if self.dream else self.block_length
