@@ -183,6 +183,9 @@ class Cell:
         inert = self.plan.recipe.inert()
         if config.export is not None and isinstance(self.plan.recipe.method, FP):
             inert.append("export: full precision is the checkpoint itself")
+        if not config.sampler_config().exact and not config.approximations():
+            on = [name for name in ("cache", "threshold") if name in config.axes()]
+            inert += [f"{name}: no task generates its answers" for name in on]
         for line in inert:
             log.warning("no effect: %s", line)
         with stages("load"):

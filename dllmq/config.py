@@ -35,7 +35,7 @@ from dllmq.diffusion import SamplerConfig, check_sampler
 from dllmq.evaluation import benchmarks, task_data
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.task_settings import DEFAULT, apply_row, find, published
-from dllmq.evaluation.tasks import check_code_execution, check_task_data, check_tasks, runs_code
+from dllmq.evaluation.tasks import check_code_execution, check_task_data, check_tasks, generates, runs_code
 from dllmq.kernels import cpu_int8
 from dllmq.methods import FP
 from dllmq.models.linear import BACKENDS
@@ -207,7 +207,7 @@ class RunConfig:
     def approximations(self) -> dict[str, str]:
         """{task: "cache=dual, threshold=0.9"} of the tasks whose answers are decoded approximately."""
         found = {name: answer.sampler.approximations for name, answer in self.answers().items()}
-        return {name: text for name, text in found.items() if text}
+        return {name: text for name, text in found.items() if text and generates(name)}
 
     @property
     def data_dir(self) -> Path | None:

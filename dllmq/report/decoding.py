@@ -116,15 +116,15 @@ def decoding_table(sweep: Sweep) -> Table:
 
 def _rows(sweep: Sweep, found: Sequence[DecodingEffect], task_metrics: dict[str, str]) -> Iterator[Row]:
     shown: list[Group] = []
-    varying = [*varying_axes(sweep), *AXES]
+    varying = [*(name for name in varying_axes(sweep) if name not in AXES), *AXES]
     for effect in found:
         if effect.twin not in shown:
             shown.append(effect.twin)
             same = [e for e in found if e.twin == effect.twin]
-            name = label(effect.twin.axes, dict.fromkeys(varying))
+            name = label(effect.twin.axes, varying)
             yield Row((Cell(f"{name}, exact"), *_cells(effect.twin, None, task_metrics)), "reference")
             for own in same:
-                name = label(own.group.axes, dict.fromkeys(varying))
+                name = label(own.group.axes, varying)
                 yield Row((Cell(name), *_cells(own.group, own, task_metrics)))
 
 
