@@ -386,8 +386,12 @@ def _generation_cost(result: EvalResult) -> dict[str, float | int | None]:
         "forwards": int(sum(c.get("forwards", 0) for c in result.counters.values())),
         "tokens_per_second": tokens / seconds if seconds else None,
         "truncated_share": sum(c.get("truncated", 0) for c in generating) / requests if requests else None,
-        "forwards_per_answer": sum(c["answer_forwards"] for c in generating) / requests if requests else None,
-        "positions_per_answer": sum(c["positions"] for c in generating) / requests if requests else None,
+        "forwards_per_answer": sum(c.get("answer_forwards", 0) for c in generating) / requests
+        if requests
+        else None,
+        "positions_per_answer": sum(c.get("positions", 0) for c in generating) / requests
+        if requests
+        else None,
     }
 
 

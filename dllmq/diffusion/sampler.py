@@ -20,6 +20,9 @@ Semantics are those of ML-GSAI/LLaDA `generate.py` (arXiv:2502.09992, section 2.
   so the softmax of the confidence has -inf for both (they have confidence 0, the others are renormalised); at
   T > 0 only EoT is affected. Reproduced. Under remasking = random it does not change the order.
 
+`cache` and `threshold` replace parts of the loop by Fast-dLLM's approximations: cache.py, threshold.py. Rows
+may then differ in how many steps a block takes them.
+
 Where we are more exact, or where the reference leaves it open:
 
 - Confidence is a float32 softmax (reference: the logits' dtype, so bfloat16), or float64 for a float64 model.
@@ -55,7 +58,8 @@ class Step:
     """One denoising step: the state the model saw, what it predicted, what is kept.
 
     Attributes:
-        index: 0-based over the whole run; skipped steps leave a gap.
+        index: 0-based over the whole run; skipped steps leave a gap. With a threshold block * block_length +
+            the step's number in the block.
         num_steps: the config's steps; with a threshold gen_length, the most it can take.
         block: index of the block being decoded.
         tokens: x_t, before the commit.
