@@ -120,7 +120,7 @@ class TaskFields:
 @dataclass
 class EvalFields:
     limit: int | None = 200
-    batch_size: int = 25
+    batch_size: int | str = 25
     eos_cut: str = "first"
     mc_num: str = "auto"
     mc_batch_size: int = 8
@@ -579,9 +579,13 @@ def _check_ranges(config: RunConfig) -> None:
         (config, "max_state_bytes", 0),
     ):
         value = getattr(node, name)
-        if value is not None and value < least:
+        if isinstance(value, int) and value < least:
             group = {id(config.eval): "eval.", id(config.calibration): "calibration."}.get(id(node), "")
             raise ValueError(f"{group}{name}={value} is too small; it must be at least {least}.")
+    if isinstance(config.eval.batch_size, str) and config.eval.batch_size != "auto":
+        raise ValueError(
+            f"eval.batch_size={config.eval.batch_size} is not known; it is a positive integer, or auto."
+        )
     if config.threads is not None and config.threads < 1:
         raise ValueError(f"threads={config.threads} is too small; it must be at least 1, or null.")
     if not 0 <= config.seed < 2**62:
@@ -693,6 +697,10 @@ def fingerprint(config: RunConfig, device: str) -> str:
     values["tasks"] = {k: v for k, v in values["tasks"].items() if k != "data_dir"}  # what is in it counts
     data = file_digest(Path(config.calibration.data)) if config.calibration.data else None
     parts = identity(config, device) | {"config": values, "data": data, "tasks": _tasks_identity(config)}
+    if config.eval.batch_size == "auto":
+        from dllmq.models.memory import total_memory
+
+        parts["memory"] = total_memory(device)  # what settles the size
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -37,6 +37,7 @@ from dllmq.config import Plan, compose_plan, preset_of
 from dllmq.diffusion import apply, denoise
 from dllmq.full_precision import FullPrecision
 from dllmq.mini.tasks import problems
+from dllmq.models.graphs import graphed
 from dllmq.models.loading import checkpoint_folder, load_model, read_config
 from dllmq.models.memory import MemoryPlan, plan_memory
 from dllmq.models.tokenizer import load_tokenizer
@@ -150,7 +151,7 @@ class Runner:
         confidence = torch.zeros(n)
         yield Frame(-1, sampler.num_steps, 0, [None] * n, [""] * n, [0.0] * n, [False] * n)
         rng = torch.Generator(self.model.device).manual_seed(self.plan.config.seed)
-        for step in denoise(self.model, self.prompt_ids[None], sampler, generator=rng):
+        for step in denoise(graphed(self.model), self.prompt_ids[None], sampler, generator=rng):
             fresh = step.committed[0, -n:].cpu()
             confidence = torch.where(fresh, step.score[0, -n:].cpu(), confidence)
             ids = [None if t == mask_id else t for t in apply(step)[0, -n:].tolist()]

@@ -23,7 +23,7 @@ Legend: as in sampler.py; P prompt columns, n columns of a block.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
@@ -32,19 +32,12 @@ from dllmq.diffusion.predict import MaskPredictor, aligned
 from dllmq.diffusion.settings import SamplerConfig
 
 
-@runtime_checkable
-class CachingModel(Protocol):
-    """A mask predictor that keeps keys and values; `models.base.BlockStack` is one."""
-
-    def start_cache(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Any]: ...
-    def use_cache(self, input_ids: Tensor, start: int, cache: Any) -> Tensor: ...
-
-
 class BlockCache(ABC):
     """A `Forward` that recomputes the whole canvas in a block's first step, and a slice of it in the others.
 
     Args:
-        model: a MaskPredictor that is a CachingModel too.
+        model: with start_cache(x, mask) -> (hidden states, cache) and use_cache(slice of x, start, cache) ->
+            hidden states of the slice, as models.base.BlockStack has them.
         attention_mask: of the whole canvas, 0 at pads.
         prompt_length: P; block_length: n.
 
@@ -59,9 +52,10 @@ class BlockCache(ABC):
         prompt_length: int,
         block_length: int,
     ) -> None:
-        if not isinstance(model, CachingModel):
+        if not hasattr(model, "start_cache"):
             raise ValueError("This model keeps no keys and values: set cache=none.")
-        self.model, self.attention_mask = model, attention_mask
+        self.model: Any = model
+        self.attention_mask = attention_mask
         self.prompt_length, self.block_length = prompt_length, block_length
         self._kept: tuple[Tensor, Any] | None = None  # hidden states [B, L, d] and the model's cache
 

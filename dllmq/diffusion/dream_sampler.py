@@ -42,7 +42,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllmq.diffusion.predict import MaskPredictor, at_least_float32, logits_at
+from dllmq.diffusion.predict import Hidden, MaskPredictor, at_least_float32, logits_at
 from dllmq.diffusion.process import uniform
 from dllmq.diffusion.sampler import Canvas, Forward, Leave, Step, TopK, apply, refuse_nan
 from dllmq.diffusion.settings import SamplerConfig
@@ -200,7 +200,7 @@ class DreamReader:
     def __call__(
         self,
         x: Int[Tensor, "B L"],
-        hidden: tuple[Float[Tensor, "B L d"], ...],
+        hidden: tuple[Hidden, ...],
         drawn: Bool[Tensor, "B L"],
         observed: Bool[Tensor, "B L"],
     ) -> Reading:
@@ -251,7 +251,7 @@ class DreamBlockReader:
     def __call__(
         self,
         x: Int[Tensor, "B L"],
-        hidden: tuple[Float[Tensor, "B L d"], ...],
+        hidden: tuple[Hidden, ...],
         committable: Bool[Tensor, "B L"],
         observed: Bool[Tensor, "B L"],
     ) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B L"], Float[Tensor, "N E"] | None]:

@@ -37,7 +37,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dllmq.diffusion.predict import MaskPredictor, at_least_float32, hidden_states, logits_at
+from dllmq.diffusion.predict import MaskPredictor, at_least_float32, lazy_states, logits_at
 from dllmq.diffusion.process import bernoulli_masks, stratified_masks
 from dllmq.diffusion.sampler import apply, one_at_a_time
 
@@ -249,7 +249,7 @@ def _cross_entropy(model: MaskPredictor, batch: list[_Row], cfg_scale: float) ->
         part.to(model.device) for part in _collate(batch, model.config.mask_token_id)
     )
     attention_mask = None if bool(valid.all()) else valid.long()
-    hidden = hidden_states(model, x, attention_mask, ~answer, cfg_scale)
+    hidden = lazy_states(model, x, attention_mask, ~answer, cfg_scale)
     losses = [
         torch.nn.functional.cross_entropy(at_least_float32(logits), wanted, reduction="none")
         for logits, wanted in _with_targets(logits_at(model, hidden, masked, cfg_scale), target[masked])

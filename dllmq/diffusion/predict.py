@@ -14,9 +14,16 @@ no column before it and is read at its own (Dream's code reads the last pad wher
 The LM head of LLaDA is 4096 x 126464: at all positions of a canvas it costs as much as several blocks. So the
 transformer and the head are called separately, and the head only sees the positions somebody reads, `CHUNK`
 positions at a time (about 130 MB of float32 at that vocabulary).
+
+The last block too is only needed at the columns that are read, all but its keys and values. `lazy_states`
+leaves it to the reader, for the models that can (`MaskPredictor.states`). Windows of columns begin and end at
+multiples of `WINDOW`, as the tiles of the attention kernels do: on the CPUs tried every position then has the
+bits of the full forward (elsewhere it is equal up to rounding).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -24,6 +31,33 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 CHUNK = 256  # positions per call of the LM head
+WINDOW = 32  # columns
+
+
+@runtime_checkable
+class States(Protocol):
+    """The final hidden states of a forward, by windows: the last block may not have run yet."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def window(self, start: int, stop: int) -> Float[Tensor, "B c d"]:
+        """The states of columns start..stop-1."""
+        ...
+
+
+@dataclass(frozen=True)
+class WholeStates:
+    """Hidden states that are there."""
+
+    h: Float[Tensor, "B L d"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.h.dtype
+
+    def window(self, start: int, stop: int) -> Float[Tensor, "B c d"]:
+        return self.h[:, start:stop]
 
 
 @runtime_checkable
@@ -32,7 +66,8 @@ class MaskPredictor(Protocol):
 
     `config` has mask_token_id and, where known, eos_token_id and eot_token_id; a true `shifted_logits` where
     logits at column i predict token i + 1. `model(x, mask)` gives the raw logits of all columns and equals
-    `model.head(model.hidden_states(x, mask))`.
+    `model.head(model.hidden_states(x, mask))`. A model may also have `states(x, mask) -> States`, the same
+    hidden states by windows of columns.
     """
 
     config: Any
@@ -64,22 +99,106 @@ def hidden_states(
     return tuple(aligned(model, pair, pair_mask).chunk(2))
 
 
+@dataclass(frozen=True)
+class LazyStates:
+    """Hidden states [B, L, d] that are computed where they are read: `states[where]` is [N, d].
+
+    Column i predicts token i, as in `hidden_states`.
+
+    Attributes:
+        window: (start, stop) -> the aligned states of these columns, [B, stop - start, d].
+        dtype: of the states.
+    """
+
+    window: Callable[[int, int], Float[Tensor, "B c d"]]
+    dtype: torch.dtype
+
+    def __getitem__(self, where: Bool[Tensor, "B L"]) -> Float[Tensor, "N d"]:
+        """The states at `where`, in row-major order; at least one position."""
+        columns = where.any(0).nonzero()
+        start = int(columns[0]) // WINDOW * WINDOW
+        stop = min(-(-(int(columns[-1]) + 1) // WINDOW) * WINDOW, where.shape[1])
+        return self.window(start, stop)[where[:, start:stop]]
+
+
+Hidden = Float[Tensor, "B L d"] | LazyStates
+
+
+def lazy_states(
+    model: MaskPredictor,
+    x: Int[Tensor, "B L"],
+    attention_mask: Shaped[Tensor, "B L"] | None,
+    given: Bool[Tensor, "B L"],
+    cfg_scale: float,
+) -> tuple[Hidden, ...]:
+    """`hidden_states` for a caller that only indexes them with masks; the last block runs where it reads."""
+    if cfg_scale > 0:
+        x = torch.cat([x, x.masked_fill(given, model.config.mask_token_id)])
+        attention_mask = None if attention_mask is None else torch.cat([attention_mask, attention_mask])
+    states = states_of(model, x, attention_mask)
+    shifted = bool(getattr(model.config, "shifted_logits", False))
+    read = _Windows(states, _first_tokens(x, attention_mask) if shifted else None)
+    if cfg_scale == 0:
+        return (LazyStates(read, states.dtype),)
+    return tuple(LazyStates(partial(read.half, i), states.dtype) for i in (0, 1))
+
+
+def states_of(
+    model: MaskPredictor, x: Int[Tensor, "B L"], attention_mask: Shaped[Tensor, "B L"] | None
+) -> States:
+    """The model's `states`, or its hidden states where it has no such method."""
+    if hasattr(model, "states"):
+        return model.states(x, attention_mask)
+    return WholeStates(model.hidden_states(x, attention_mask))
+
+
+@dataclass
+class _Windows:
+    """Aligned windows of `states`; the last one is kept, as guidance reads the two halves of each."""
+
+    states: States
+    first: Bool[Tensor, "B L"] | None  # first tokens of the rows, for shifted logits
+    _last: tuple[tuple[int, int], Tensor] | None = None
+
+    def __call__(self, start: int, stop: int) -> Float[Tensor, "B c d"]:
+        if self.first is None:
+            return self.states.window(start, stop)
+        before = max(0, start - WINDOW)  # what predicts column `start` is the column before it
+        h = self.states.window(before, stop)
+        return _shifted(h, self.first[:, before:stop])[:, start - before :]
+
+    def half(self, i: int, start: int, stop: int) -> Float[Tensor, "b c d"]:
+        """Of the conditional rows (i = 0) or the unconditional ones (1)."""
+        if self._last is None or self._last[0] != (start, stop):
+            self._last = (start, stop), self(start, stop)
+        return self._last[1].chunk(2)[i]
+
+
 def aligned(
     model: MaskPredictor, h: Float[Tensor, "B L d"], attention_mask: Shaped[Tensor, "B L"] | None
 ) -> Float[Tensor, "B L d"]:
     """h itself, or for a model with shifted logits h moved one column to the right, in new memory."""
     if not getattr(model.config, "shifted_logits", False):
         return h
-    previous = torch.cat([h[:, :1], h[:, :-1]], dim=1)
-    if attention_mask is None:
-        return previous
-    first = (attention_mask != 0) & ((attention_mask != 0).cumsum(1) == 1)
-    return torch.where(first[..., None], h, previous)
+    return _shifted(h, _first_tokens(h[..., 0], attention_mask))
+
+
+def _first_tokens(
+    x: Shaped[Tensor, "B L"], attention_mask: Shaped[Tensor, "B L"] | None
+) -> Bool[Tensor, "B L"]:
+    """1 at the first token of each row, which no column predicts."""
+    token = torch.ones_like(x, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    return token & (token.cumsum(1) == 1)
+
+
+def _shifted(h: Float[Tensor, "B c d"], first: Bool[Tensor, "B c"]) -> Float[Tensor, "B c d"]:
+    """h moved one column to the right; first tokens keep their own."""
+    return torch.where(first[..., None], h, torch.cat([h[:, :1], h[:, :-1]], dim=1))
 
 
 def logits_at(
     model: MaskPredictor,
-    hidden: tuple[Float[Tensor, "B L d"], ...],
+    hidden: tuple[Hidden, ...],
     where: Bool[Tensor, "B L"],
     cfg_scale: float,
 ) -> Iterator[Float[Tensor, "n E"]]:
@@ -87,10 +206,10 @@ def logits_at(
 
     Without guidance they have the model's dtype; guided logits are combined in float32 or better.
     """
+    if not bool(where.any()):
+        return
     gathered = [h[where] for h in hidden]  # [N, d]
     for parts in zip(*(h.split(CHUNK) for h in gathered), strict=True):
-        if not parts[0].shape[0]:
-            return  # split() gives one empty chunk for no positions
         if len(parts) == 1:
             yield model.head(parts[0])
         else:

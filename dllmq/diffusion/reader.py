@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllmq.diffusion.predict import MaskPredictor, at_least_float32, logits_at
+from dllmq.diffusion.confidence import argmax_confidence, confidence_of, exclude, pieces
+from dllmq.diffusion.predict import Hidden, MaskPredictor, at_least_float32, logits_at
 from dllmq.diffusion.process import uniform
 from dllmq.diffusion.settings import SamplerConfig
 
@@ -28,7 +29,7 @@ class Reader:
     def __call__(
         self,
         x: Int[Tensor, "B L"],
-        hidden: tuple[Float[Tensor, "B L d"], ...],
+        hidden: tuple[Hidden, ...],
         committable: Bool[Tensor, "B L"],
         observed: Bool[Tensor, "B L"],
     ) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B L"], Float[Tensor, "N E"] | None]:
@@ -51,7 +52,7 @@ class Reader:
         assert confidence is not None
         return prediction, confidence, logits
 
-    def _logits(self, hidden: tuple[Tensor, ...], where: Tensor) -> Iterator[Tensor]:
+    def _logits(self, hidden: tuple[Hidden, ...], where: Tensor) -> Iterator[Tensor]:
         never_predicted = self.flag_ids[0]
         for logits in logits_at(self.model, hidden, where, self.config.cfg_scale):
             yield exclude(logits, never_predicted)
@@ -59,24 +60,19 @@ class Reader:
     def _read(
         self, logits: Float[Tensor, "n E"], temperature: float
     ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, "n E2"]]:
-        x0 = self._noisy(logits, temperature).argmax(-1)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        p = torch.softmax(exclude(logits, self.flag_ids[1]), -1, dtype=dtype).gather(1, x0[:, None])[:, 0]
+        never_trusted = self.flag_ids[1]
+        if temperature == 0:
+            x0, p = argmax_confidence(logits, never_trusted)
+        else:
+            x0 = torch.cat([self._noisy(piece, temperature).argmax(-1) for piece in pieces(logits)])
+            p = confidence_of(logits, x0, never_trusted)
         # new_empty, not logits[:, :0]: a view would keep every chunk's logits alive
         return x0, p, at_least_float32(logits) if self.keep_logits else logits.new_empty(len(logits), 0)
 
-    def _noisy(self, logits: Float[Tensor, "n E"], temperature: float) -> Float[Tensor, "n E"]:
-        if temperature == 0:
-            return logits
+    def _noisy(self, logits: Float[Tensor, "r E"], temperature: float) -> Float[Tensor, "r E"]:
+        """logits - T log(-log u), in float64."""
         u = uniform(tuple(logits.shape), self.generator, logits.device, torch.float64)
-        return logits.double() - temperature * torch.log(-torch.log(u))
-
-
-def exclude(logits: Float[Tensor, "n E"], ids: list[int]) -> Float[Tensor, "n E"]:
-    """The logits with -inf at `ids`; unchanged, and not copied, when there are none."""
-    if not ids:
-        return logits
-    return logits.index_fill(-1, torch.tensor(ids, device=logits.device), -torch.inf)
+        return logits.double() - u.log_().neg_().log_().mul_(temperature)
 
 
 def flag_ids(model: MaskPredictor, config: SamplerConfig) -> tuple[list[int], list[int]]:

@@ -44,7 +44,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from dllmq.diffusion.cache import cached_forward
-from dllmq.diffusion.predict import MaskPredictor, hidden_states
+from dllmq.diffusion.predict import Hidden, MaskPredictor, lazy_states
 from dllmq.diffusion.process import tokens_per_step, uniform
 from dllmq.diffusion.reader import Reader, flag_ids
 from dllmq.diffusion.settings import SamplerConfig, check_sampler
@@ -238,7 +238,7 @@ def state_confidence(
     device = model.device
     x, given, where = x.to(device), given.to(device), where.to(device)
     mask = None if attention_mask is None else attention_mask.to(device)
-    hidden = hidden_states(model, x, mask, given, config.cfg_scale)
+    hidden = lazy_states(model, x, mask, given, config.cfg_scale)
     read = Reader(model, replace(config, temperature=0.0), flag_ids(model, config), None, keep_logits=False)
     return read(x, hidden, where, where)[1]
 
@@ -261,9 +261,7 @@ def _nobody(generated: Int[Tensor, "b gen"]) -> Bool[Tensor, " b"]:
 # both how often a block is visited and what a visit commits.
 @runtime_checkable
 class Forward(Protocol):
-    def __call__(
-        self, x: Int[Tensor, "B L"], block: int, step: int
-    ) -> tuple[Float[Tensor, "B L d"], ...]: ...
+    def __call__(self, x: Int[Tensor, "B L"], block: int, step: int) -> tuple[Hidden, ...]: ...
     def window(self, block: int, step: int, end: int) -> tuple[int, int]: ...
     def keep(self, stay: Bool[Tensor, " B"]) -> "Forward": ...
 
@@ -289,7 +287,7 @@ class Reads(Protocol):
     def __call__(
         self,
         x: Int[Tensor, "B L"],
-        hidden: tuple[Float[Tensor, "B L d"], ...],
+        hidden: tuple[Hidden, ...],
         committable: Bool[Tensor, "B L"],
         observed: Bool[Tensor, "B L"],
     ) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B L"], Float[Tensor, "N E"] | None]: ...
@@ -297,15 +295,15 @@ class Reads(Protocol):
 
 @dataclass(frozen=True)
 class FullForward:
-    """x_t -> hidden states of the whole canvas, recomputed in every step."""
+    """x_t -> hidden states of the canvas, recomputed in each step (the last block where they are read)."""
 
     model: MaskPredictor
     given: Bool[Tensor, "B L"]
     attention_mask: Shaped[Tensor, "B L"] | None
     cfg_scale: float
 
-    def __call__(self, x: Int[Tensor, "B L"], block: int, step: int) -> tuple[Float[Tensor, "B L d"], ...]:
-        return hidden_states(self.model, x, self.attention_mask, self.given, self.cfg_scale)
+    def __call__(self, x: Int[Tensor, "B L"], block: int, step: int) -> tuple[Hidden, ...]:
+        return lazy_states(self.model, x, self.attention_mask, self.given, self.cfg_scale)
 
     def window(self, block: int, step: int, end: int) -> tuple[int, int]:
         """Masks of the prompt compete in every step."""

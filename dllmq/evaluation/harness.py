@@ -4,9 +4,8 @@ Generation denoises with the one loop of diffusion/, so gen_length, steps, tempe
 the settings. Of a request's own arguments only `until` is honoured; `max_gen_toks`, `temperature` and
 `do_sample` are not (asking for sampling while the sampler is greedy warns once).
 
-Batches are a function of the requests alone: prompts are sorted by length, then by their tokens, and cut into
-batches of a fixed size, longest first; within a batch they are padded on the left. Answers come back in the
-order of the requests, and shuffled requests give the same answers.
+Batches are a function of the requests alone (batches.py); within a batch prompts are padded on the left.
+Answers come back in the order of the requests, and shuffled requests give the same answers.
 
 An answer's text follows ML-GSAI/LLaDA `eval_llada.py`: decode with special tokens, cut at each stop string in
 turn, tokenize again and decode without special tokens. There is no cut at EOS in it (eos_cut="none"); under
@@ -27,7 +26,10 @@ from lm_eval.api.model import LM
 from torch import Tensor
 
 from dllmq.diffusion import MaskPredictor, apply, denoise, greedy_match, log_likelihoods
+from dllmq.diffusion.predict import States, states_of
+from dllmq.evaluation.batches import Batches, halved, settle
 from dllmq.evaluation.settings import EvalSettings
+from dllmq.models.graphs import graphed
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
@@ -56,6 +58,7 @@ class Counters:
         answer_forwards: denoising steps of all generated answers together, as if each had been alone.
         generated_tokens: tokens of the answers as returned, so after every cut.
         truncated: answers that filled gen_length without EOS, EoT or a stop string.
+        batch_size: prompts denoised together at most, as settled in the end; 0 where nothing was generated.
     """
 
     requests: int = 0
@@ -64,6 +67,7 @@ class Counters:
     answer_forwards: int = 0
     generated_tokens: int = 0
     truncated: int = 0
+    batch_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,10 @@ class CountingModel:
         self._count(input_ids)
         return self.model.hidden_states(input_ids, attention_mask)
 
+    def states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> States:
+        self._count(input_ids)
+        return states_of(self.model, input_ids, attention_mask)
+
     def start_cache(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Any]:
         self._count(input_ids)
         return self.model.start_cache(input_ids, attention_mask)  # type: ignore[attr-defined]
@@ -141,7 +149,7 @@ class DiffusionLM(LM):
     ) -> None:
         super().__init__()
         self.counters = Counters()
-        self.model, self.tokenizer = CountingModel(model, self.counters), tokenizer
+        self.model, self.tokenizer = CountingModel(graphed(model), self.counters), tokenizer
         self.settings, self.progress = settings or EvalSettings(), progress
         self._device = model.device
         self._warned = False
@@ -182,15 +190,25 @@ class DiffusionLM(LM):
         for request, prompt in zip(requests, prompts, strict=True):
             self._check_length(request, len(prompt), self.settings.sampler.gen_length, "gen_length")
             self._warn_of_sampling(request.args[1])
-        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i], i))
-        size = self.settings.batch_size
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
-        answers = [""] * len(requests)
-        for index, rows in enumerate(batches):
-            generated = self._denoise([prompts[i] for i in rows], index, len(batches))
-            for i, tokens in zip(rows, generated, strict=True):
+        batches, answers = self._batches(prompts), [""] * len(requests)
+        for batch in batches:
+            try:
+                generated = self._denoise([prompts[i] for i in batch.rows], batch.index, batch.total)
+            except (MemoryError, RuntimeError) as error:
+                batches.halve(error)
+                continue
+            for i, tokens in zip(batch.rows, generated, strict=True):
                 answers[i] = self._finish(tokens, requests[i])
+        self.counters.batch_size = batches.size
         return answers
+
+    def _batches(self, prompts: list[list[int]]) -> Batches:
+        gen_length = self.settings.sampler.gen_length
+        columns = max(map(len, prompts), default=0) + gen_length
+        size = settle(self.settings.batch_size, self.model.model, columns)
+        if self.settings.batch_size == "auto":
+            log.info("batch_size=auto: %d canvases of up to %d tokens", size, columns)
+        return Batches(prompts, gen_length, size)
 
     def _denoise(self, prompts: list[list[int]], index: int, num_batches: int) -> list[list[int]]:
         """The generated tokens of one batch.
@@ -277,17 +295,21 @@ class DiffusionLM(LM):
         return results
 
     def _bounds(self, pairs: list[tuple[Tensor, Tensor]]) -> list[float]:
-        s = self.settings
-        return log_likelihoods(
-            self.model,
-            pairs,
-            num_samples=s.mc_num,
-            batch_size=s.mc_batch_size,
-            cfg_scale=s.sampler.cfg_scale,
-            seed=s.seed,
-            rows_per_forward=s.rows_per_forward,
-            progress=self.progress,
-        )
+        s, rows = self.settings, self.settings.rows_per_forward
+        while True:
+            try:
+                return log_likelihoods(
+                    self.model,
+                    pairs,
+                    num_samples=s.mc_num,
+                    batch_size=s.mc_batch_size,
+                    cfg_scale=s.sampler.cfg_scale,
+                    seed=s.seed,
+                    rows_per_forward=rows,
+                    progress=self.progress,
+                )
+            except (MemoryError, RuntimeError) as error:
+                rows = halved(rows, error, "rows of a likelihood")
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokens of both. White space at the context's end goes to the continuation, whose tokens are those

@@ -15,7 +15,8 @@ class EvalSettings:
 
     Attributes:
         sampler: the reverse process; its cfg_scale also guides the likelihood.
-        batch_size: prompts denoised together. Batches change rounding, so it is part of a result's identity.
+        batch_size: prompts denoised together at most, or auto (see batches.py). Batches change rounding, so
+            it is part of a result's identity.
         eos_cut: first (an answer ends at its first EOS or EoT) | none (ML-GSAI's harness: text after an EOS
             survives). Published numbers differ in it.
         mc_num: Monte-Carlo samples per likelihood, a multiple of mc_batch_size.
@@ -36,7 +37,7 @@ class EvalSettings:
     """
 
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    batch_size: int = 16
+    batch_size: int | str = 16
     eos_cut: str = "first"
     mc_num: int = 128
     mc_batch_size: int = 16
@@ -52,7 +53,10 @@ class EvalSettings:
     postprocess: str = "none"
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "mc_num", "mc_batch_size", "rows_per_forward"):
+        if isinstance(self.batch_size, str) and self.batch_size != "auto":
+            raise ValueError(f"batch_size={self.batch_size} is not known; it is an integer >= 1, or auto.")
+        numbers = ("mc_num", "mc_batch_size", "rows_per_forward")
+        for name in numbers if self.batch_size == "auto" else ("batch_size", *numbers):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an integer >= 1; got {getattr(self, name)}.")
         if self.mc_num % self.mc_batch_size:

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from dllmq.diffusion.predict import States, WholeStates
 from dllmq.models.attention import AttentionProduct
 from dllmq.models.kv import KeysValues, KVCache
 from dllmq.models.linear import QuantLinear
@@ -93,11 +94,15 @@ class Block(nn.Module, ABC):
     product: AttentionProduct
 
     @abstractmethod
-    def forward(self, x: Float[Tensor, "B L d"], ctx: BlockContext) -> Float[Tensor, "B L d"]:
-        """The residual stream after the block."""
+    def forward(
+        self, x: Float[Tensor, "B L d"], ctx: BlockContext, at: slice | None = None
+    ) -> Float[Tensor, "B c d"]:
+        """The residual stream after the block: of all columns, or of those in `at`."""
 
     @abstractmethod
-    def attention(self, h: Float[Tensor, "B L d"], ctx: BlockContext) -> Float[Tensor, "B L d"]:
+    def attention(
+        self, h: Float[Tensor, "B L d"], ctx: BlockContext, at: slice | None = None
+    ) -> Float[Tensor, "B c d"]:
         """The attention sub-layer on the already normalized input h, output projection included."""
 
     @abstractmethod
@@ -169,10 +174,27 @@ class BlockStack(nn.Module, ABC):
         self, input_ids: Int[Tensor, "B L"], attention_mask: Tensor | None = None
     ) -> Float[Tensor, "B L d"]:
         """Output of the final norm, so that the head can run at chosen columns only."""
-        x, ctx = self.embed(input_ids), self.context(input_ids.shape[1], attention_mask)
+        return self.run_blocks(input_ids, self.context(input_ids.shape[1], attention_mask))
+
+    def run_blocks(self, input_ids: Int[Tensor, "B L"], ctx: BlockContext) -> Float[Tensor, "B L d"]:
+        """`hidden_states` in a given context."""
+        x = self.embed(input_ids)
         for block in self.blocks:
             x = block(x, ctx)
         return self.final_norm(x)
+
+    def states(self, input_ids: Int[Tensor, "B L"], attention_mask: Tensor | None = None) -> States:
+        """`hidden_states` by windows: the last block computes the outputs of the columns that are read.
+
+        The blocks of a streamed model are only there while it iterates over them: all are run.
+        """
+        last = self.blocks[-1]
+        if any(p.is_meta for p in last.parameters()):
+            return WholeStates(self.hidden_states(input_ids, attention_mask))
+        x, ctx = self.embed(input_ids), self.context(input_ids.shape[1], attention_mask)
+        for block in list(self.blocks)[:-1]:
+            x = block(x, ctx)
+        return _OpenStates(self, x, ctx)
 
     def start_cache(
         self, input_ids: Int[Tensor, "B L"], attention_mask: Tensor | None = None
@@ -199,6 +221,23 @@ class BlockStack(nn.Module, ABC):
 
     def embed(self, input_ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L d"]:
         return self.embedding(input_ids)
+
+
+@dataclass(frozen=True)
+class _OpenStates:
+    """What the last block reads."""
+
+    model: BlockStack
+    x: Float[Tensor, "B L d"]
+    ctx: BlockContext
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    def window(self, start: int, stop: int) -> Float[Tensor, "B c d"]:
+        last: Any = self.model.blocks[-1]
+        return self.model.final_norm(last(self.x, self.ctx, slice(start, stop)))
 
 
 @dataclass(frozen=True)
@@ -285,6 +324,11 @@ def absorb_scale(block: Block, row: GroupRow, s: Float[Tensor, " I"]) -> None:
     absorber.weight.data = (weight.float() / by_output).to(weight.dtype)
     if getattr(absorber, "bias", None) is not None:
         absorber.bias.data = (absorber.bias.data.float() / s).to(absorber.bias.dtype)
+
+
+def columns(h: Float[Tensor, "*rows L d"], at: slice | None) -> Float[Tensor, "*rows c d"]:
+    """h at some columns; h itself, the same tensor, for None."""
+    return h if at is None else h[..., at, :]
 
 
 def padding_bias(attention_mask: Tensor | None, dtype: torch.dtype) -> Float[Tensor, "B 1 1 L"] | None:

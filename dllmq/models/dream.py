@@ -27,7 +27,16 @@ from torch import Tensor, nn
 
 from dllmq.kernels.cpu_linear import linear
 from dllmq.models.attention import AttentionProduct
-from dllmq.models.base import Block, BlockContext, BlockStack, GroupRow, Topology, check_types, padding_bias
+from dllmq.models.base import (
+    Block,
+    BlockContext,
+    BlockStack,
+    GroupRow,
+    Topology,
+    check_types,
+    columns,
+    padding_bias,
+)
 from dllmq.models.linear import Linear
 from dllmq.models.llada import RMSNorm, rope_tables, rotate
 
@@ -205,17 +214,26 @@ class DreamBlock(Block):
         else:
             setattr(self._modules[child], name, value)
 
-    def forward(self, x: Float[Tensor, "B L d"], ctx: BlockContext) -> Float[Tensor, "B L d"]:
-        x = x + self.attention(self.input_layernorm(x), ctx)
+    def forward(
+        self, x: Float[Tensor, "B L d"], ctx: BlockContext, at: slice | None = None
+    ) -> Float[Tensor, "B c d"]:
+        x = columns(x, at) + self.attention(self.input_layernorm(x), ctx, at)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def project(self, h: Float[Tensor, "B L d"], ctx: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values: [B, heads, L, head_dim] each (kv heads for the last two)."""
-        Q, K, V = (self._heads(project(h)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        return rotate(Q, ctx.sin, ctx.cos, False), rotate(K, ctx.sin, ctx.cos, False), V
+    def project(
+        self, h: Float[Tensor, "B L d"], ctx: BlockContext, at: slice | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [B, heads, c, head_dim] and keys, and values, [B, kv heads, L, head_dim] each."""
+        Q, K, V = (
+            self._heads(part) for part in (self.q_proj(columns(h, at)), self.k_proj(h), self.v_proj(h))
+        )
+        sin, cos = columns(ctx.sin, at), columns(ctx.cos, at)
+        return rotate(Q, sin, cos, False), rotate(K, ctx.sin, ctx.cos, False), V
 
-    def attention(self, h: Float[Tensor, "B L d"], ctx: BlockContext) -> Float[Tensor, "B L d"]:
-        Q, K, V = self.project(h, ctx)
+    def attention(
+        self, h: Float[Tensor, "B L d"], ctx: BlockContext, at: slice | None = None
+    ) -> Float[Tensor, "B c d"]:
+        Q, K, V = self.project(h, ctx, at)
         mixed = self.product(Q, *ctx.keys_values(K, V), ctx.bias)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 

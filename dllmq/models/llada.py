@@ -27,7 +27,16 @@ from torch import Tensor, nn
 
 from dllmq.kernels.cpu_linear import linear
 from dllmq.models.attention import AttentionProduct
-from dllmq.models.base import Block, BlockContext, BlockStack, GroupRow, Topology, check_types, padding_bias
+from dllmq.models.base import (
+    Block,
+    BlockContext,
+    BlockStack,
+    GroupRow,
+    Topology,
+    check_types,
+    columns,
+    padding_bias,
+)
 from dllmq.models.linear import Linear
 
 TOPOLOGY = Topology(
@@ -196,18 +205,27 @@ class LLaDABlock(Block):
         self.ff_out = Linear(f, d, bias=False)
         self.product = AttentionProduct()
 
-    def forward(self, x: Float[Tensor, "B L d"], ctx: BlockContext) -> Float[Tensor, "B L d"]:
-        x = x + self.attention(self.attn_norm(x), ctx)
+    def forward(
+        self, x: Float[Tensor, "B L d"], ctx: BlockContext, at: slice | None = None
+    ) -> Float[Tensor, "B c d"]:
+        x = columns(x, at) + self.attention(self.attn_norm(x), ctx, at)
         return x + self.mlp(self.ff_norm(x))
 
-    def project(self, h: Float[Tensor, "B L d"], ctx: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values: [B, heads, L, head_dim] each (kv heads for the last two)."""
-        Q, K, V = (self._heads(project(h)) for project in (self.q_proj, self.k_proj, self.v_proj))
+    def project(
+        self, h: Float[Tensor, "B L d"], ctx: BlockContext, at: slice | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [B, heads, c, head_dim] and keys, and values, [B, kv heads, L, head_dim] each."""
+        Q, K, V = (
+            self._heads(part) for part in (self.q_proj(columns(h, at)), self.k_proj(h), self.v_proj(h))
+        )
         full = self.config.rope_full_precision
-        return rotate(Q, ctx.sin, ctx.cos, full), rotate(K, ctx.sin, ctx.cos, full), V
+        sin, cos = columns(ctx.sin, at), columns(ctx.cos, at)
+        return rotate(Q, sin, cos, full), rotate(K, ctx.sin, ctx.cos, full), V
 
-    def attention(self, h: Float[Tensor, "B L d"], ctx: BlockContext) -> Float[Tensor, "B L d"]:
-        Q, K, V = self.project(h, ctx)
+    def attention(
+        self, h: Float[Tensor, "B L d"], ctx: BlockContext, at: slice | None = None
+    ) -> Float[Tensor, "B c d"]:
+        Q, K, V = self.project(h, ctx, at)
         mixed = self.product(Q, *ctx.keys_values(K, V), ctx.bias)
         return self.attn_out(mixed.transpose(1, 2).flatten(2))
 

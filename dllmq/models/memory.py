@@ -86,11 +86,31 @@ def free_memory(device: str) -> int | None:
     return min(known) if known else None
 
 
+def total_memory(device: str) -> int | None:
+    """Bytes a device has, used or not; None where the system does not tell."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    known = [n for n in (_meminfo(Path("/proc/meminfo"), "MemTotal"), _limit(Path("/sys/fs/cgroup"))) if n]
+    return min(known) if known else None
+
+
 def _available(meminfo: Path) -> int | None:
     """MemAvailable of /proc/meminfo."""
+    return _meminfo(meminfo, "MemAvailable")
+
+
+def _limit(folder: Path) -> int | None:
+    """Limit of the control group (version 2), None where there is none."""
+    try:
+        return int((folder / "memory.max").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _meminfo(meminfo: Path, field: str) -> int | None:
     try:
         lines = meminfo.read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+        return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
     except (OSError, StopIteration, ValueError):
         return None
 

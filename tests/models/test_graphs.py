@@ -1,0 +1,182 @@
+"""Recorded forwards: what is recorded, what is replayed, and that it changes nothing.
+
+CUDA graphs need a GPU; here a recording is a function that is called again into the same output.
+"""
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from dllmq.diffusion import SamplerConfig, generate
+from dllmq.models import graphs
+from dllmq.models.dream import Dream, DreamConfig
+from dllmq.models.graphs import GraphedModel, graphed, pad_rows, round_up
+from dllmq.models.llada import LLaDA, LLaDAConfig
+
+
+class FakeCapture:
+    """Counts recordings and replays; fails as told."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.recorded, self.replayed = error, 0, 0
+
+    def __call__(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        if self.error is not None:
+            raise self.error
+        self.recorded += 1
+        output = function()
+
+        def replay() -> None:
+            self.replayed += 1
+            output.copy_(function())
+
+        return output, replay
+
+
+def llada() -> LLaDA:
+    config = LLaDAConfig(d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=48, vocab_size=40,
+                         mask_token_id=39, eos_token_id=38)  # fmt: skip
+    model = LLaDA(config)
+    model.init_weights(torch.Generator().manual_seed(0), gain=3.0)
+    return model.requires_grad_(False).eval()
+
+
+def dream() -> Dream:
+    torch.manual_seed(0)
+    config = DreamConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                         intermediate_size=48, vocab_size=40, mask_token_id=39, eos_token_id=38,
+                         rope_theta=1e4)  # fmt: skip
+    return Dream(config).requires_grad_(False).eval()
+
+
+def ids(rows: int, columns: int = 10, seed: int = 0) -> Tensor:
+    return torch.randint(0, 38, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padding(rows: int, columns: int = 10) -> Tensor:
+    return (torch.arange(columns) >= torch.arange(rows)[:, None]).long()
+
+
+@pytest.mark.parametrize("make", [llada, dream])
+@pytest.mark.parametrize("padded", [False, True])
+def test_replays_give_the_models_own_hidden_states(make: Callable, padded: bool) -> None:
+    """Of other tokens and other pads than those that were recorded, too."""
+    model, capture = make(), FakeCapture()
+    wrapped = GraphedModel(model, capture)
+    for seed in range(4):
+        x = ids(4, seed=seed)
+        mask = left_padding(4).roll(seed, 0) if padded else None
+        assert torch.equal(wrapped.hidden_states(x, mask), model.hidden_states(x, mask))
+    assert (capture.recorded, capture.replayed) == (1, 3)  # the first forward of a shape is not recorded
+    assert torch.equal(wrapped(x, mask), model(x, mask))
+
+
+def test_shapes_and_pads_are_recorded_apart() -> None:
+    model, capture = llada(), FakeCapture()
+    wrapped = GraphedModel(model, capture)
+    for _ in range(3):
+        for x, mask in ((ids(2), None), (ids(2), left_padding(2)), (ids(2, 12), None), (ids(3), None)):
+            assert torch.equal(wrapped.hidden_states(x, mask), model.hidden_states(x, mask))
+        wrapped.hidden_states(ids(2), torch.ones(2, 10))  # no pads: the same as no mask
+    assert capture.recorded == 4
+
+
+def test_rows_are_rounded_up_with_copies_of_the_last() -> None:
+    assert [round_up(n) for n in (1, 4, 5, 7, 9, 13, 33, 64)] == [1, 4, 6, 8, 12, 16, 48, 64]
+    padded = pad_rows(ids(5))
+    assert torch.equal(padded[:5], ids(5)) and torch.equal(padded[5], ids(5)[4])
+    model, capture = llada(), FakeCapture()
+    wrapped = GraphedModel(model, capture)
+    for rows in (6, 5, 6, 5):  # a row leaves: the same recording
+        got = wrapped.hidden_states(ids(rows), left_padding(rows))
+        assert torch.equal(got, model.hidden_states(ids(rows), left_padding(rows)))
+    assert (capture.recorded, capture.replayed) == (1, 3)
+
+
+def test_what_is_handed_out_survives_the_next_replay() -> None:
+    wrapped = GraphedModel(llada(), FakeCapture())
+    wrapped.hidden_states(ids(2))
+    first = wrapped.hidden_states(ids(2))
+    kept = first.clone()
+    wrapped.hidden_states(ids(2, seed=1))
+    assert torch.equal(first, kept)
+
+
+def test_the_shape_used_longest_ago_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+    capture = FakeCapture()
+    wrapped = GraphedModel(llada(), capture)
+    for rows, recorded in ((1, 0), (1, 1), (2, 1), (2, 2), (1, 2), (3, 2), (3, 3), (1, 3), (2, 4)):
+        wrapped.hidden_states(ids(rows))
+        assert capture.recorded == recorded
+
+
+def test_long_forwards_are_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MAX_TOKENS", 30)
+    model, capture = llada(), FakeCapture()
+    wrapped = GraphedModel(model, capture)
+    for _ in range(3):
+        assert torch.equal(wrapped.hidden_states(ids(4)), model.hidden_states(ids(4)))
+        window = wrapped.states(ids(65)).window(2, 5)
+        torch.testing.assert_close(window, model.hidden_states(ids(65))[:, 2:5])
+    assert capture.recorded == 0
+
+
+def test_a_failed_recording_is_said_once_and_nothing_else_changes(caplog: pytest.LogCaptureFixture) -> None:
+    model = llada()
+    wrapped = GraphedModel(model, FakeCapture(RuntimeError("operation not permitted\nmore lines")))
+    with caplog.at_level(logging.WARNING):
+        for rows in (2, 2, 2, 3, 3):
+            assert torch.equal(wrapped.hidden_states(ids(rows)), model.hidden_states(ids(rows)))
+    assert [r.message for r in caplog.records] == [
+        "forwards cannot be recorded as CUDA graphs, they run kernel by kernel: operation not permitted"
+    ]
+
+
+def test_running_out_of_memory_is_not_a_failed_recording() -> None:
+    wrapped = GraphedModel(llada(), FakeCapture(torch.OutOfMemoryError("CUDA out of memory")))
+    wrapped.hidden_states(ids(2))
+    with pytest.raises(torch.OutOfMemoryError):
+        wrapped.hidden_states(ids(2))
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
+def test_generation_is_that_of_the_model(cfg_scale: float) -> None:
+    model, capture = llada(), FakeCapture()
+    config = SamplerConfig(16, 16, 8, cfg_scale=cfg_scale)
+    expected = generate(model, ids(3), config, left_padding(3)).tokens
+    got = generate(GraphedModel(model, capture), ids(3), config, left_padding(3)).tokens
+    assert torch.equal(got, expected) and capture.replayed == 15
+
+
+def test_models_on_the_cpu_are_not_wrapped() -> None:
+    model = llada()
+    assert graphed(model) is model
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [llada, dream])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_graphs_give_the_models_own_hidden_states(make: Callable, dtype: torch.dtype) -> None:
+    model = make().to("cuda", dtype)
+    wrapped = graphed(model)
+    assert isinstance(wrapped, GraphedModel)
+    for rows in (4, 4, 4, 6, 6):
+        for seed in range(3):
+            x, mask = ids(rows, seed=seed).cuda(), left_padding(rows).cuda()
+            for given in (None, mask):
+                assert torch.equal(wrapped.hidden_states(x, given), model.hidden_states(x, given))
+    assert not wrapped._failed and len(wrapped._recorded) == 4
+
+
+@pytest.mark.gpu
+def test_generation_with_cuda_graphs_is_that_of_the_model() -> None:
+    model = llada().cuda()
+    config = SamplerConfig(32, 32, 16)
+    expected = generate(model, ids(4).cuda(), config, left_padding(4).cuda()).tokens
+    wrapped = graphed(model)
+    assert torch.equal(generate(wrapped, ids(4).cuda(), config, left_padding(4).cuda()).tokens, expected)
+    assert wrapped._recorded and not wrapped._failed
