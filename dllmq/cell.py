@@ -183,6 +183,9 @@ class Cell:
         inert = self.plan.recipe.inert()
         if config.export is not None and isinstance(self.plan.recipe.method, FP):
             inert.append("export: full precision is the checkpoint itself")
+        if not config.sampler_config().exact and not config.approximations():
+            on = [name for name in ("cache", "threshold") if name in config.axes()]
+            inert += [f"{name}: no task generates its answers" for name in on]
         for line in inert:
             log.warning("no effect: %s", line)
         with stages("load"):
@@ -191,6 +194,11 @@ class Cell:
         shared = FullPrecision(self.plan, Cache(folder), model, tokenizer, self.progress)
         with forwards.watching(model):
             baseline = self._baseline(shared)
+            if isinstance(self.plan.recipe.method, FP) and config.approximations():
+                report = QuantizationReport(0.0, weight_bytes(model), {})
+                record, result = self._measure(model, tokenizer, None, report, inert)
+                _write_samples(result.samples, self.folder)
+                return record
             if isinstance(self.plan.recipe.method, FP):
                 return replace(baseline, axes=config.axes(), run_name=self.name, config=config.plain(),
                                fingerprint=self.key, command=self.command, inert=inert)  # fmt: skip
@@ -297,6 +305,7 @@ class Cell:
             notes={"method": report.notes, "backend": self.backend, "counters": result.counters}
             | {"baseline": self.fp_key, "settings": {k: asdict(v) for k, v in config.answers().items()}}
             | {k: v for k, v in {"published": config.published(), "subtasks": result.subtasks}.items() if v}
+            | ({"approximate decoding": config.approximations()} if config.approximations() else {})
             | ({"sandbox": sandbox.level()} if any(map(runs_code, config.tasks.names)) else {}),
             fidelity_per_prompt=found.per_prompt,
         )
@@ -333,11 +342,14 @@ def _write_samples(samples: dict[str, list[dict[str, Any]]], folder: Path) -> No
 
 
 def _reference_config(config: RunConfig) -> RunConfig:
-    """What full precision's numbers depend on: everything that only concerns quantization at its default."""
+    """What full precision's numbers depend on: everything that only concerns quantization at its default.
+
+    Full precision is decoded exactly: what a run with a cache or a threshold loses to it is the loss of both.
+    """
     plain = RunConfig()
     fidelity = {name: getattr(plain.eval, name) for name in ("fidelity_states", "fidelity_prompts")}
     return replace(
-        config.full_precision(),
+        config.full_precision().decoded_exactly(),
         group_size=plain.group_size, act_group_size=plain.act_group_size,
         symmetric=plain.symmetric, act_symmetric=plain.act_symmetric,
         attn_bits=plain.attn_bits, value_granularity=plain.value_granularity, value_scale=plain.value_scale,
@@ -372,6 +384,12 @@ def _generation_cost(result: EvalResult) -> dict[str, float | int | None]:
         "forwards": int(sum(c.get("forwards", 0) for c in result.counters.values())),
         "tokens_per_second": tokens / seconds if seconds else None,
         "truncated_share": sum(c.get("truncated", 0) for c in generating) / requests if requests else None,
+        "forwards_per_answer": sum(c.get("answer_forwards", 0) for c in generating) / requests
+        if requests
+        else None,
+        "positions_per_answer": sum(c.get("positions", 0) for c in generating) / requests
+        if requests
+        else None,
     }
 
 

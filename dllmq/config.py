@@ -35,7 +35,7 @@ from dllmq.diffusion import SamplerConfig, check_sampler
 from dllmq.evaluation import benchmarks, task_data
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.task_settings import DEFAULT, apply_row, find, published
-from dllmq.evaluation.tasks import check_code_execution, check_task_data, check_tasks, runs_code
+from dllmq.evaluation.tasks import check_code_execution, check_task_data, check_tasks, generates, runs_code
 from dllmq.kernels.backends import find_backend
 from dllmq.methods import FP
 from dllmq.models.linear import BACKENDS
@@ -94,6 +94,8 @@ class SamplerFields:
     gen_length: int = 48
     steps: int = 48
     block_length: int = 16
+    cache: str = "none"
+    threshold: float | None = None
     temperature: float = 0.0
     cfg_scale: float = 0.0
     remasking: str = "low_confidence"
@@ -198,7 +200,14 @@ class RunConfig:
         return int(self.eval.mc_num)
 
     def sampler_config(self) -> SamplerConfig:
+        """How tasks are answered. Calibration and fidelity use `made_exact()` of it: their states are those
+        of the published process whatever approximates the answers, so that runs compare like with like."""
         return SamplerConfig(**vars(self.sampler))
+
+    def approximations(self) -> dict[str, str]:
+        """{task: "cache=dual, threshold=0.9"} of the tasks whose answers are decoded approximately."""
+        found = {name: answer.sampler.approximations for name, answer in self.answers().items()}
+        return {name: text for name, text in found.items() if text and generates(name)}
 
     @property
     def data_dir(self) -> Path | None:
@@ -291,7 +300,7 @@ class RunConfig:
             value_scale_name=name,
             num_states=self.calibration.num_states,
             batch_size=self.calibration.batch_size,
-            sampler=self.sampler_config(),
+            sampler=self.sampler_config().made_exact(),
             seed=self.seed,
         )
 
@@ -352,6 +361,12 @@ class RunConfig:
         return replace(
             self, method={"_target_": "dllmq.methods.FP"}, tmas=False, cgq=False, iaaq=False, bits="auto"
         )
+
+    def decoded_exactly(self) -> RunConfig:
+        """The same run without cache and threshold."""
+        block_length = self.sampler_config().made_exact().block_length
+        off = replace(self.sampler, cache="none", threshold=None, block_length=block_length)
+        return self if self.sampler_config().exact else replace(self, sampler=off)
 
 
 def load(cfg: DictConfig) -> RunConfig:

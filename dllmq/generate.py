@@ -146,10 +146,10 @@ class Runner:
 
     def frames(self) -> Iterator[Frame]:
         """The empty canvas, then the response after each step; the same noise in every run."""
-        sampler, mask_id = self.plan.recipe.sampler, self.model.config.mask_token_id
+        sampler, mask_id = self.plan.config.sampler_config(), self.model.config.mask_token_id
         n = sampler.gen_length
         confidence = torch.zeros(n)
-        yield Frame(-1, sampler.steps, 0, [None] * n, [""] * n, [0.0] * n, [False] * n)
+        yield Frame(-1, sampler.num_steps, 0, [None] * n, [""] * n, [0.0] * n, [False] * n)
         rng = torch.Generator(self.model.device).manual_seed(self.plan.config.seed)
         for step in denoise(graphed(self.model), self.prompt_ids[None], sampler, generator=rng):
             fresh = step.committed[0, -n:].cpu()
@@ -157,7 +157,7 @@ class Runner:
             ids = [None if t == mask_id else t for t in apply(step)[0, -n:].tolist()]
             pieces = ["" if t is None else self.tokenizer.decode([t]) for t in ids]
             yield Frame(
-                step.index, sampler.steps, step.forwards, ids, pieces, confidence.tolist(), fresh.tolist()
+                step.index, sampler.num_steps, step.forwards, ids, pieces, confidence.tolist(), fresh.tolist()
             )
 
     def text(self, frame: Frame) -> str:

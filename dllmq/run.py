@@ -119,6 +119,7 @@ def describe(plan: Plan, name: str) -> str:
         f"  token weight {recipe.token_weight if config.cgq else 'every token alike'}",
         f"  tasks        {', '.join(config.tasks.names)}, {config.eval.limit or 'all'} problems each",
         *(line for name, answer in config.answers().items() for line in describe_answers(plan, name, answer)),
+        *(f"  decoding     approximate, {task}: {how}" for task, how in config.approximations().items()),
         *(f"  no effect    {line}" for line in recipe.inert()),
         *(f"  {line}" for line in (told(estimate(plan)) if plan.parameters else ())),
     ]

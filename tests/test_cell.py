@@ -251,6 +251,27 @@ def test_measuring_full_precision_costs_the_cell_nothing(tmp_path: Path, measure
     assert made.stages is stages and stages.cost == {}
 
 
+def test_full_precision_with_a_cache_is_measured_against_the_exact_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[str]
+) -> None:
+    monkeypatch.setattr(Cell, "_load", lambda self: (tiny_model(), None))
+    exact = cell(tmp_path, "method=fp")
+    fast = cell(tmp_path, "method=fp", "sampler.cache=dual", f"cache_dir={tmp_path / 'cache'}")
+    done = fast.run()
+    assert measured == ["cell", "cell"] and done.fingerprint == fast.key != fast.fp_key == exact.fp_key
+    assert json.loads((tmp_path / BASELINE).read_text())["fingerprint"] == exact.fp_key
+    assert (tmp_path / "cell" / "samples_mini_gsm.jsonl").is_file()
+
+
+def test_a_cache_without_generated_answers_is_recorded_as_without_effect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = cell(tmp_path, "method=fp", "tasks=mini_choice", "sampler.cache=dual", "sampler.threshold=0.9")
+    monkeypatch.setattr(Cell, "_load", lambda self: (tiny_model(), None))
+    monkeypatch.setattr(Cell, "_baseline", lambda self, shared: record(made.fp_key))
+    assert made.run().inert == [f"{name}: no task generates its answers" for name in ("cache", "threshold")]
+
+
 def test_a_cell_of_full_precision_is_the_baseline_under_its_own_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

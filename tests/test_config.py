@@ -157,6 +157,14 @@ def test_what_the_tests_compose_is_what_hydra_does() -> None:
         (["sampler.steps=7"], ["steps=7", "multiple of the number of blocks"]),
         (["sampler.temperature=-1"], ["temperature", "-1"]),
         (["sampler.remasking=low_confidense"], ["low_confidense", "Did you mean low_confidence?"]),
+        (["sampler.cache=duel"], ["cache=duel", "Did you mean dual?"]),
+        (["sampler.threshold=much"], ["sampler.threshold", "'much'", "loat"]),
+        (["sampler.threshold=-0.9"], ["threshold", "-0.9"]),
+        (["sampler.cache=dual", "sampler.cfg_scale=1.5"], ["cache=dual", "cfg_scale=0"]),
+        (
+            ["sampler.threshold=0.9", "sampler.remasking=random"],
+            ["threshold=0.9", "remasking=low_confidence"],
+        ),
     ],
     ids=lambda value: (
         " ".join(value).replace("/", "_") if isinstance(value, list) and "=" in value[0] else ""
@@ -374,6 +382,31 @@ def test_a_run_and_its_twin_differ_in_the_switch_alone(switch: str) -> None:
     assert {k for k in on if on[k] != off[k]} == {switch} and on.keys() == off.keys()
 
 
+def test_caches_and_thresholds_approximate_answers_and_nothing_else() -> None:
+    """Calibration, fidelity and full precision's reference stay exact; records are labelled."""
+    fast, plain = config("sampler.cache=dual", "sampler.threshold=0.9"), config()
+    assert fast.axes().items() - plain.axes().items() == {("cache", "dual"), ("threshold", 0.9)}
+    assert not {"cache", "threshold"} & set(plain.axes()) and plain.approximations() == {}
+    assert fast.approximations() == {"mini_gsm": "cache=dual, threshold=0.9"}  # mini_choice generates nothing
+    assert all(answer.sampler.cache == "dual" for answer in fast.answers().values())
+    assert fast.recipe().sampler == plain.recipe().sampler == plain.sampler_config()
+    first, second = (fingerprint(_reference_config(c), "cpu") for c in (fast, plain))
+    assert first == second != fingerprint(fast, "cpu")
+    assert config("tasks=mini_choice", "sampler.cache=dual").approximations() == {}
+
+
+def test_dream_is_decoded_exactly_in_one_block_and_in_blocks_with_a_cache() -> None:
+    fast = config("model=dream_v0_7b_base", "sampler=default", "sampler.cache=dual", "sampler.threshold=0.9",
+                  "sampler.remasking=maskgit_plus", "sampler.block_length=32")  # fmt: skip
+    assert fast.sampler_config().num_blocks == 8 and fast.recipe().sampler.num_blocks == 1
+    assert _reference_config(fast).sampler_config() == fast.recipe().sampler
+
+
+def test_the_preset_of_fast_dllm() -> None:
+    found = config("model=llada_8b_instruct", "sampler=fast_dllm").sampler_config()
+    assert (found.gen_length, found.block_length, found.cache, found.threshold) == (256, 32, "dual", 0.9)
+
+
 def test_knobs_are_axes_where_they_are_not_the_default() -> None:
     knobs = ("cgq_unmasked", "cgq_masked", "cgq_unmasked_confidence", "iaaq_alpha_min", "iaaq_alpha_step")
     assert not {*knobs, "shares"} & config("cgq_unmasked=0.7", "iaaq_alpha_step=0.01").axes().keys()
@@ -432,6 +465,8 @@ def default() -> str:
         "eval.eos_cut=none",
         "eval.fidelity_states=8",
         "sampler.steps=24",
+        "sampler.cache=dual",
+        "sampler.threshold=0.9",
         "calibration.num_states=64",
         "calibration.batch_size=8",
         "tasks=mini_gsm",

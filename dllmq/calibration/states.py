@@ -209,7 +209,15 @@ def record_trajectories(
     Args:
         prompts: token ids, unpadded.
         observe: where scores are taken: "masked", or "all" to include decoded tokens.
+
+    Raises:
+        ValueError: the sampler approximates; trajectories are the published process's.
     """
+    if not sampler.exact:
+        raise ValueError(
+            f"trajectories are recorded with the exact process, not with {sampler.approximations}: give "
+            "sampler.made_exact()."
+        )
     done: dict[int, Trajectory] = {}
     lengths = [len(p) for p in prompts]
     groups = batched(list(range(len(prompts))), lengths, batch_size)

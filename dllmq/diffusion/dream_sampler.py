@@ -236,6 +236,30 @@ class DreamReader:
         return x0, confidence_of(c.remasking, q, x0), p.gather(-1, x0[:, None])[:, 0]
 
 
+@dataclass(frozen=True)
+class DreamBlockReader:
+    """What Dream's block-wise decoding (a cache and a threshold) reads, in the form of reader.Reader.
+
+    Confidences are q(x0), as maskgit_plus has them.
+    """
+
+    model: MaskPredictor
+    config: SamplerConfig
+    generator: torch.Generator | None
+    keep_logits: bool
+
+    def __call__(
+        self,
+        x: Int[Tensor, "B L"],
+        hidden: tuple[Hidden, ...],
+        committable: Bool[Tensor, "B L"],
+        observed: Bool[Tensor, "B L"],
+    ) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B L"], Float[Tensor, "N E"] | None]:
+        read = DreamReader(self.model, self.config, self.generator, self.keep_logits)
+        found = read(x, hidden, committable, observed)
+        return found.prediction, found.confidence, found.logits
+
+
 def _likeliest(logits: Float[Tensor, "n E"]) -> tuple[Tensor, Tensor, Tensor]:
     """The noiseless x0 and its probability, twice."""
     p, x0 = logits.softmax(-1).max(-1)

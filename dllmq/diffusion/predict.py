@@ -177,7 +177,7 @@ class _Windows:
 def aligned(
     model: MaskPredictor, h: Float[Tensor, "B L d"], attention_mask: Shaped[Tensor, "B L"] | None
 ) -> Float[Tensor, "B L d"]:
-    """h itself, or for a model with shifted logits h moved one column to the right."""
+    """h itself, or for a model with shifted logits h moved one column to the right, in new memory."""
     if not getattr(model.config, "shifted_logits", False):
         return h
     return _shifted(h, _first_tokens(h[..., 0], attention_mask))

@@ -20,6 +20,9 @@ Semantics are those of ML-GSAI/LLaDA `generate.py` (arXiv:2502.09992, section 2.
   so the softmax of the confidence has -inf for both (they have confidence 0, the others are renormalised); at
   T > 0 only EoT is affected. Reproduced. Under remasking = random it does not change the order.
 
+`cache` and `threshold` replace parts of the loop by Fast-dLLM's approximations: cache.py, threshold.py. Rows
+may then differ in how many steps a block takes them.
+
 Where we are more exact, or where the reference leaves it open:
 
 - Confidence is a float32 softmax (reference: the logits' dtype, so bfloat16), or float64 for a float64 model.
@@ -40,6 +43,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from dllmq.diffusion.cache import cached_forward
 from dllmq.diffusion.predict import Hidden, MaskPredictor, lazy_states
 from dllmq.diffusion.process import tokens_per_step, uniform
 from dllmq.diffusion.reader import Reader, flag_ids
@@ -54,8 +58,9 @@ class Step:
     """One denoising step: the state the model saw, what it predicted, what is kept.
 
     Attributes:
-        index: 0-based over the whole run; skipped steps leave a gap.
-        num_steps: the config's steps.
+        index: 0-based over the whole run; skipped steps leave a gap. With a threshold block * block_length +
+            the step's number in the block.
+        num_steps: the config's steps; with a threshold gen_length, the most it can take.
         block: index of the block being decoded.
         tokens: x_t, before the commit.
         masked: 1[x_t = MASK], over the whole canvas.
@@ -65,7 +70,8 @@ class Step:
             what low_confidence ranks by, also reported under the others. 0 where not observed.
         committed: what apply() turns from a mask into a token; a slot spent on a predicted mask id is not.
         forwards: model calls so far, this one included; a CFG pair is one.
-        rows: which rows of the prompt batch these are; fewer once rows have left.
+        rows: which rows of the prompt batch these are; fewer once rows have left, and while rows wait whose
+            block is complete (threshold).
         logits: guided, noiseless logits at the observed positions, row-major (full[observed] = logits),
             after logits_eos_inf and before confidence_eos_eot_inf; None unless asked for.
     """
@@ -100,9 +106,15 @@ def generate(
     generator: torch.Generator | None = None,
 ) -> Generation:
     """Denoises to the end; arguments as in denoise()."""
-    for step in denoise(model, prompt_ids, config, attention_mask, generator):  # noqa: B007
-        pass
-    return Generation(apply(step), step.forwards)
+    tokens, forwards = None, 0
+    for step in denoise(model, prompt_ids, config, attention_mask, generator):
+        after, forwards = apply(step), step.forwards
+        if tokens is None:
+            tokens = after  # the first step has every row
+        else:
+            tokens[step.rows] = after
+    assert tokens is not None
+    return Generation(tokens, forwards)
 
 
 def apply(step: Step) -> Int[Tensor, "B L"]:
@@ -133,20 +145,26 @@ def denoise(
         generator: source of randomness for temperature > 0 and for random remasking, one for the whole batch;
             on the model's device it is fastest. None: torch's default CPU generator.
         observe: where the LM head runs: committable (masks left of the block's end; enough to generate) |
-            masked (every mask of the canvas) | all (every column).
+            masked (every mask of the canvas) | all (every column). With a cache committable only.
         keep_logits: also return the logits at the observed positions.
-        leave: told the generated part [b, gen_length] after every step; rows it answers true for leave the
-            batch, so a caller that needs no more of them saves their work. The rows that stay go on as they
-            would have (up to rounding, where a kernel's sums depend on the batch's size), except where noise
-            is drawn for the whole batch: temperature > 0 and random remasking.
+        leave: told the generated part [b, gen_length] of the step's rows after every step; rows it answers
+            true for leave the batch, so a caller that needs no more of them saves their work. The rows that
+            stay go on as they would have (up to rounding, where a kernel's sums depend on the batch's size),
+            except where noise is drawn for the whole batch: temperature > 0 and random remasking.
 
     Raises:
         ValueError: unknown `observe`, an attention mask of another shape or not left-padded, a process that
-            is not the model's, or an EOS flag for a model whose config does not name these tokens.
+            is not the model's, an EOS flag for a model whose config does not name these tokens, or a cache
+            for a model that has none.
         FloatingPointError: the model returned NaN.
     """
     if observe not in OBSERVE:
         raise ValueError(f"Unknown observe={observe}: use {', '.join(OBSERVE)}.")
+    if observe != "committable" and config.cache != "none":
+        raise ValueError(
+            f"observe={observe} with cache={config.cache}: columns outside the block are stale; use "
+            "observe=committable, or cache=none."
+        )
     check_sampler(model.config, config)
     return _process(model, prompt_ids, config, attention_mask, generator, observe, keep_logits, leave)
 
@@ -177,22 +195,29 @@ def _process(
         attention_mask = _canvas_mask(attention_mask, prompt_ids, config.gen_length, model.device)
     mask_id = model.config.mask_token_id
     x = torch.nn.functional.pad(prompt_ids.to(model.device), (0, config.gen_length), value=mask_id)
-    forward = FullForward(model, x != mask_id, attention_mask, config.cfg_scale)
+    forward: Forward = FullForward(model, x != mask_id, attention_mask, config.cfg_scale)
+    if config.cache != "none":
+        forward = cached_forward(model, config, attention_mask, prompt_ids.shape[1])
     leave = _nobody if leave is None else leave
-    if config.dream:
+    if config.dream and config.exact:
         from dllmq.diffusion.dream_sampler import dream_process  # which reads Step and Canvas from here
 
         return dream_process(model, config, forward, generator, observe, keep_logits, leave).run(x)
-    process = _ReverseProcess(
-        config=config,
-        mask_id=mask_id,
-        forward=forward,
-        commit=TopK(config.steps_per_block),
-        read=Reader(model, config, flag_ids(model, config), generator, keep_logits),
-        observe=observe,
-        leave=leave,
-    )
+    read: Reads = Reader(model, config, flag_ids(model, config), generator, keep_logits)
+    if config.dream:
+        from dllmq.diffusion.dream_sampler import DreamBlockReader
+
+        read = DreamBlockReader(model, config, generator, keep_logits)
+    process = _ReverseProcess(config, mask_id, forward, _commit_rule(config), read, observe, leave)
     return process.run(x)
+
+
+def _commit_rule(config: SamplerConfig) -> "CommitRule":
+    if config.threshold is None:
+        return TopK(config.steps_per_block)
+    from dllmq.diffusion.threshold import Threshold  # which ranks by TopK
+
+    return Threshold(config.threshold)
 
 
 @torch.no_grad()
@@ -222,7 +247,7 @@ def refuse_nan(confidence: Float[Tensor, "B L"], index: int, config: SamplerConf
     """Raises FloatingPointError where the model returned NaN at the step of this index."""
     if bool(confidence.isnan().any()):
         raise FloatingPointError(
-            f"The model returned NaN at denoising step {index + 1} of {config.steps}: check the "
+            f"The model returned NaN at denoising step {index + 1} of {config.num_steps}: check the "
             "checkpoint and the quantization (a scale of 0 or inf), or run in float32."
         )
 
@@ -231,13 +256,41 @@ def _nobody(generated: Int[Tensor, "b gen"]) -> Bool[Tensor, " b"]:
     return torch.zeros(len(generated), dtype=torch.bool, device=generated.device)
 
 
-# The two seams. A cache replaces FullForward: it is told the block and the step inside it, and owes hidden
-# states at the columns that can be committed. A threshold replaces TopK, which owns both how often a block is
-# visited and what a visit commits.
+# The seams. A cache replaces FullForward: it is told the block and the step inside it, owes hidden states
+# at the columns that can be committed, and says which these are. A threshold replaces TopK: the rule owns
+# both how often a block is visited and what a visit commits.
 @runtime_checkable
 class Forward(Protocol):
     def __call__(self, x: Int[Tensor, "B L"], block: int, step: int) -> tuple[Hidden, ...]: ...
+    def window(self, block: int, step: int, end: int) -> tuple[int, int]: ...
     def keep(self, stay: Bool[Tensor, " B"]) -> "Forward": ...
+
+
+@runtime_checkable
+class CommitRule(Protocol):
+    """counts: tokens per step and row of a block that starts, from the masks left of its end, 0 where a row
+    takes no part; remaining: the same after a step; the call: which positions a step commits."""
+
+    def counts(self, masked: Bool[Tensor, "B E"], block_length: int) -> tuple[Int[Tensor, " B"], ...]: ...
+    def remaining(self, counts: Int[Tensor, "S B"], in_block: Bool[Tensor, "B n"]) -> Int[Tensor, "S B"]: ...
+    def __call__(
+        self, key: Float[Tensor, "B L"], committable: Bool[Tensor, "B L"], count: Int[Tensor, " B"]
+    ) -> Bool[Tensor, "B L"]: ...
+
+
+@runtime_checkable
+class Reads(Protocol):
+    """Hidden states -> prediction, confidence and logits (None unless kept), as reader.Reader."""
+
+    @property
+    def generator(self) -> torch.Generator | None: ...
+    def __call__(
+        self,
+        x: Int[Tensor, "B L"],
+        hidden: tuple[Hidden, ...],
+        committable: Bool[Tensor, "B L"],
+        observed: Bool[Tensor, "B L"],
+    ) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B L"], Float[Tensor, "N E"] | None]: ...
 
 
 @dataclass(frozen=True)
@@ -252,6 +305,10 @@ class FullForward:
     def __call__(self, x: Int[Tensor, "B L"], block: int, step: int) -> tuple[Hidden, ...]:
         return lazy_states(self.model, x, self.attention_mask, self.given, self.cfg_scale)
 
+    def window(self, block: int, step: int, end: int) -> tuple[int, int]:
+        """Masks of the prompt compete in every step."""
+        return 0, end
+
     def keep(self, stay: Bool[Tensor, " B"]) -> "FullForward":
         """The same for the rows that stay in the batch."""
         mask = None if self.attention_mask is None else self.attention_mask[stay]
@@ -264,9 +321,14 @@ class TopK:
 
     steps_per_block: int
 
-    def counts(self, in_block: Bool[Tensor, "B n"]) -> tuple[Int[Tensor, " B"], ...]:
+    def counts(self, masked: Bool[Tensor, "B E"], block_length: int) -> tuple[Int[Tensor, " B"], ...]:
         """k per row, one tensor per step of the block that starts (on the CPU: reading it costs no sync)."""
+        in_block = masked[:, -block_length:]
         return tokens_per_step(in_block.sum(1).cpu(), self.steps_per_block).unbind(1)
+
+    def remaining(self, counts: Int[Tensor, "S B"], in_block: Bool[Tensor, "B n"]) -> Int[Tensor, "S B"]:
+        """The schedule is fixed when the block starts."""
+        return counts
 
     def __call__(
         self, key: Float[Tensor, "B L"], committable: Bool[Tensor, "B L"], count: Int[Tensor, " B"]
@@ -298,38 +360,48 @@ class _ReverseProcess:
     config: SamplerConfig
     mask_id: int
     forward: Forward
-    commit: TopK
-    read: Reader
+    commit: CommitRule
+    read: Reads
     observe: str
     leave: Leave
 
     def run(self, x: Int[Tensor, "B L"]) -> Iterator[Step]:
-        c, canvas = self.config, Canvas(x, torch.arange(len(x), device=x.device), self.forward, 0)
+        c, forwards = self.config, 0
+        x, here = x.clone(), torch.ones(len(x), dtype=torch.bool, device=x.device)
         for block in range(c.num_blocks):
             end = x.shape[1] - c.gen_length + (block + 1) * c.block_length
-            in_block = canvas.x[:, end - c.block_length : end] == self.mask_id
-            counts = torch.stack(self.commit.counts(in_block))  # [steps of the block, B]
+            canvas = Canvas(x[here], here.nonzero()[:, 0], self.forward.keep(here), forwards)
+            masked = canvas.x[:, :end] == self.mask_id
+            counts = torch.stack(self.commit.counts(masked, c.block_length))  # [steps of the block, B]
             for i in range(len(counts)):
                 if not counts[i].any():
                     self._random_key(canvas.x)  # the reference draws here, and we follow its stream
                     continue
+                if not counts[i].all():  # rows wait whose block is complete
+                    going = counts[i] > 0
+                    canvas, counts = canvas.keep(going.to(x.device)), counts[:, going]
                 step = self._step(canvas, block, i, end, counts[i])
                 yield step
                 canvas = replace(canvas, x=apply(step), forwards=step.forwards)
-                stay = ~self.leave(canvas.x[:, -c.gen_length :])
-                if not stay.any():
-                    return
-                if not stay.all():
-                    canvas, counts = canvas.keep(stay), counts[:, stay.cpu()]
+                x[canvas.rows], forwards = canvas.x, step.forwards
+                gone = self.leave(canvas.x[:, -c.gen_length :])
+                if gone.any():
+                    here[canvas.rows[gone]] = False
+                    if not here.any():
+                        return
+                    canvas, counts = canvas.keep(~gone), counts[:, ~gone.cpu()]
+                in_block = canvas.x[:, end - c.block_length : end] == self.mask_id
+                counts = self.commit.remaining(counts, in_block)
 
     # On the step, not on the generator: there the mode would leak to the consumer between two steps. And not
     # inference_mode: states are used, and may be changed, outside.
     @torch.no_grad()
     def _step(self, canvas: "Canvas", block: int, i: int, end: int, count: Int[Tensor, " B"]) -> Step:
         x = canvas.x
-        index = block * self.config.steps_per_block + i
-        masked = x == self.mask_id
-        committable = masked & (torch.arange(x.shape[1], device=x.device) < end)
+        index = block * self.config.visits_per_block + i
+        masked, columns = x == self.mask_id, torch.arange(x.shape[1], device=x.device)
+        first, last = canvas.forward.window(block, i, end)
+        committable = masked & (columns >= first) & (columns < last)
         observed = {"committable": committable, "masked": masked, "all": torch.ones_like(masked)}[
             self.observe
         ]
@@ -339,7 +411,7 @@ class _ReverseProcess:
         chosen = self.commit(confidence if draw is None else draw, committable, count)
         return Step(
             index=index,
-            num_steps=self.config.steps,
+            num_steps=self.config.num_steps,
             block=block,
             tokens=x,
             masked=masked,

@@ -2,9 +2,10 @@
 
 import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+CACHES = ("none", "prefix", "dual")
 REMASKING = ("low_confidence", "random")
 DREAM_REMASKING = ("origin", "maskgit_plus", "topk_margin", "entropy")
 # Options that only one of the two processes has, with their neutral values.
@@ -21,9 +22,10 @@ class SamplerConfig:
 
     Attributes:
         gen_length: tokens to generate; a multiple of block_length.
-        steps: denoising steps in total; a multiple of gen_length / block_length.
+        steps: denoising steps in total; a multiple of gen_length / block_length. With a threshold it plays
+            no part.
         block_length: blocks are finished from left to right; gen_length = one block, fully parallel. Dream's
-            process has no blocks: it becomes gen_length.
+            process has no blocks: it becomes gen_length, unless there is a cache.
         temperature: 0 is greedy; > 0 samples. Dream's also divides the logits that confidences come from.
         cfg_scale: LLaDA's: classifier-free guidance; 0 is off.
         remasking: which predictions are kept. LLaDA's: low_confidence (the most confident) | random. Dream's:
@@ -34,8 +36,12 @@ class SamplerConfig:
         top_p, top_k: Dream's: predict from the most likely tokens only, those that make up top_p, the first
             top_k.
         eps: Dream's: where the time steps from 1 end.
-        cache: none (prefix | dual: not available yet).
-        threshold: None (confidence-threshold decoding: not available yet).
+        cache: none, or approximate forwards inside a block (cache.py): prefix (keys and values left of the
+            block are reused) | dual (those right of it too). Without guidance. With Dream together with a
+            threshold and remasking = maskgit_plus only.
+        threshold: None, or parallel decoding (threshold.py): a step commits every token with at least this
+            confidence, and the most confident one in any case; above 1 one token a step. Not with random
+            remasking. With Dream together with a cache only.
         logits_eos_inf: LLaDA's: never predict EOS.
         confidence_eos_eot_inf: LLaDA's: commit EOS and EoT last.
     """
@@ -56,7 +62,7 @@ class SamplerConfig:
     confidence_eos_eot_inf: bool = False
 
     def __post_init__(self) -> None:
-        if self.dream:
+        if self.dream and self.exact:
             self._drop_blocks()
         self._check_schedule()
         for name in ("temperature", "cfg_scale"):
@@ -65,7 +71,7 @@ class SamplerConfig:
                 raise ValueError(f"{name} must be a finite number >= 0; got {value}.")
         self._check_remasking()
         self._check_options()
-        self._check_unavailable()
+        self._check_approximations()
 
     @property
     def dream(self) -> bool:
@@ -79,6 +85,33 @@ class SamplerConfig:
     @property
     def steps_per_block(self) -> int:
         return self.steps // self.num_blocks
+
+    @property
+    def visits_per_block(self) -> int:
+        """Steps a block takes at most; with a threshold one per token."""
+        return self.steps_per_block if self.threshold is None else self.block_length
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in total, at most."""
+        return self.num_blocks * self.visits_per_block
+
+    @property
+    def exact(self) -> bool:
+        """Whether the process is the published one: no cache, no threshold."""
+        return self.cache == "none" and self.threshold is None
+
+    @property
+    def approximations(self) -> str:
+        """ "cache=dual, threshold=0.9", "" where the process is exact."""
+        on = [f"cache={self.cache}"] if self.cache != "none" else []
+        on += [f"threshold={self.threshold:g}"] if self.threshold is not None else []
+        return ", ".join(on)
+
+    def made_exact(self) -> "SamplerConfig":
+        """The same without cache and threshold; Dream's also without blocks."""
+        block_length = self.gen_length if self.dream else self.block_length
+        return replace(self, cache="none", threshold=None, block_length=block_length)
 
     @property
     def deterministic(self) -> bool:
@@ -144,11 +177,44 @@ class SamplerConfig:
         if not 0 <= self.eps < 1:
             raise ValueError(f"eps must be a number in [0, 1); got {self.eps}.")
 
-    def _check_unavailable(self) -> None:
-        if self.cache != "none":
-            raise ValueError(f"cache={self.cache} is not available: the only cache is none.")
-        if self.threshold is not None:
-            raise ValueError(f"threshold={self.threshold} is not available yet: leave it None (null).")
+    def _check_approximations(self) -> None:
+        if self.cache not in CACHES:
+            close = difflib.get_close_matches(self.cache, CACHES, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(f"Unknown cache={self.cache}: use {_either(CACHES)}.{hint}")
+        if self.threshold is not None and not (math.isfinite(self.threshold) and self.threshold >= 0):
+            raise ValueError(
+                f"threshold must be None (null) or a number >= 0, a confidence; got {self.threshold}."
+            )
+        if self.cache != "none" and self.cfg_scale > 0:
+            raise ValueError(
+                f"cache={self.cache} does not go with guidance (cfg_scale={self.cfg_scale}), whose second "
+                "copy is not kept: set cfg_scale=0, or cache=none."
+            )
+        if self.threshold is not None and self.remasking == "random":
+            raise ValueError(
+                f"threshold={self.threshold} compares confidences, but remasking=random has none: use "
+                "remasking=low_confidence, or leave threshold at None (null)."
+            )
+        if self.dream and not self.exact:
+            self._check_dream_approximations()
+
+    def _check_dream_approximations(self) -> None:
+        if self.cache == "none" or self.threshold is None:
+            raise ValueError(
+                f"cache={self.cache} and threshold={self.threshold}: Dream is decoded with both, as "
+                "Fast-dLLM does it, or with neither; set both, or cache=none and threshold=None (null)."
+            )
+        if self.remasking != "maskgit_plus":
+            raise ValueError(
+                f"threshold={self.threshold} compares the predicted tokens' probabilities: with Dream use "
+                f"remasking=maskgit_plus; got remasking={self.remasking}."
+            )
+        if self.alg_temp:
+            raise ValueError(
+                f"alg_temp={self.alg_temp} has no effect with a threshold, which draws nothing: leave "
+                "alg_temp at None."
+            )
 
 
 def check_sampler(model_config: Any, sampler: SamplerConfig) -> None:

@@ -55,6 +55,8 @@ class Counters:
     Attributes:
         requests: answered.
         forwards: calls of the transformer; a guided pair is one.
+        positions: token positions that these calls computed, rows times columns.
+        answer_forwards: denoising steps of all generated answers together, as if each had been alone.
         generated_tokens: tokens of the answers as returned, so after every cut.
         truncated: answers that filled gen_length without EOS, EoT or a stop string.
         batch_size: prompts denoised together at most, as settled in the end; 0 where nothing was generated.
@@ -62,6 +64,8 @@ class Counters:
 
     requests: int = 0
     forwards: int = 0
+    positions: int = 0
+    answer_forwards: int = 0
     generated_tokens: int = 0
     truncated: int = 0
     batch_size: int = 0
@@ -101,12 +105,24 @@ class CountingModel:
         return self.model.device
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        self.counters.forwards += 1
+        self._count(input_ids)
         return self.model.hidden_states(input_ids, attention_mask)
 
     def states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> States:
-        self.counters.forwards += 1
+        self._count(input_ids)
         return states_of(self.model, input_ids, attention_mask)
+
+    def start_cache(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Any]:
+        self._count(input_ids)
+        return self.model.start_cache(input_ids, attention_mask)  # type: ignore[attr-defined]
+
+    def use_cache(self, input_ids: Tensor, start: int, cache: Any) -> Tensor:
+        self._count(input_ids)
+        return self.model.use_cache(input_ids, start, cache)  # type: ignore[attr-defined]
+
+    def _count(self, input_ids: Tensor) -> None:
+        self.counters.forwards += 1
+        self.counters.positions += input_ids.numel()
 
     def head(self, h: Tensor) -> Tensor:
         return self.model.head(h)
@@ -211,8 +227,9 @@ class DiffusionLM(LM):
         final = torch.full((len(prompts), sampler.gen_length), config.mask_token_id, device=self.model.device)
         for step in denoise(self.model, prompt_ids, sampler, attention_mask, generator, leave=leave):
             if self.progress is not None:
-                done = index * sampler.steps + step.index + 1
-                self.progress(done, num_batches * sampler.steps, "denoising steps")
+                done = index * sampler.num_steps + step.index + 1
+                self.progress(done, num_batches * sampler.num_steps, "denoising steps")
+            self.counters.answer_forwards += len(step.rows)
             final[step.rows] = apply(step)[:, prompt_ids.shape[1] :]
             if early and bool(self._settled(final).all()):
                 break

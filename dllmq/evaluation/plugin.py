@@ -57,9 +57,9 @@ class Arguments:
         batch_size: prompts denoised together; auto: max_batch_size, or 16 without it (nothing is probed: a
             batch's size is part of a result's identity). lm-eval's own default is 1.
         gen_length, steps, block_length: of the sampler; steps and block_length: gen_length.
-        temperature, cfg_scale, remasking, alg_temp, top_p, top_k, eps, logits_eos_inf and
-            confidence_eos_eot_inf: of dllmq.diffusion.SamplerConfig. remasking: low_confidence, or entropy
-            with Dream.
+        temperature, cfg_scale, remasking, alg_temp, top_p, top_k, eps, logits_eos_inf,
+            confidence_eos_eot_inf, cache and threshold: of dllmq.diffusion.SamplerConfig. remasking:
+            low_confidence, or entropy with Dream.
         eos_cut: first (an answer ends at its first EOS or EoT) | none (ML-GSAI's harness).
         mc_num: Monte-Carlo samples per likelihood.
         mc_batch_size: strata per Monte-Carlo batch; the largest of 8, 4, 2, 1 that divides mc_num.
@@ -87,6 +87,8 @@ class Arguments:
     eps: float = 1e-3
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
+    cache: str = "none"
+    threshold: float | None = None
     eos_cut: str = "first"
     mc_num: int = 128
     mc_batch_size: int | None = None
@@ -140,6 +142,8 @@ class Arguments:
             eps=self.eps,
             logits_eos_inf=self.logits_eos_inf,
             confidence_eos_eot_inf=self.confidence_eos_eot_inf,
+            cache=self.cache,
+            threshold=self.threshold,
         )
         check_sampler(model_config, sampler)
         return EvalSettings(

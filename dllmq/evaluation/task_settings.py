@@ -21,6 +21,7 @@ _SAMPLER = tuple(f.name for f in fields(SamplerConfig))
 _OFF: dict[str, Any] = {
     **{"temperature": 0.0, "cfg_scale": 0.0, "logits_eos_inf": False, "confidence_eos_eot_inf": False},
     **{"alg_temp": None, "top_p": None, "top_k": None, "eps": SamplerConfig.eps},
+    **{"cache": "none", "threshold": None},
 }
 
 

@@ -87,6 +87,14 @@ def check_tasks(names: Sequence[str]) -> None:
             raise ValueError(f"Task {name} is named twice; name it once.")
 
 
+def generates(name: str) -> bool:
+    """Whether a task's answers are generated; else they are chosen by likelihood."""
+    if published(name):
+        subtasks = benchmarks.benchmark(name).subtasks
+        return any(s.config.get("output_type", "generate_until") == "generate_until" for s in subtasks)
+    return bool(task_config(name)["output_type"] == "generate_until")
+
+
 def runs_code(name: str) -> bool:
     """Whether scoring a task runs what the model wrote."""
     if published(name):

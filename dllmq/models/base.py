@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dllmq.diffusion.predict import States, WholeStates
 from dllmq.models.attention import AttentionProduct
+from dllmq.models.kv import KeysValues, KVCache
 from dllmq.models.linear import QuantLinear
 
 
@@ -62,11 +63,29 @@ class Topology:
 
 
 class BlockContext(NamedTuple):
-    """What the blocks of one forward share: key-padding bias (None without pads) and RoPE tables."""
+    """What the blocks of one forward share: key-padding bias (None without pads) and RoPE tables.
+
+    `past` is the block's own, in a forward that keeps keys and values (`start_cache`, `use_cache`): the
+    tables are then those of the forward's columns, the bias that of all.
+    """
 
     bias: Float[Tensor, "B 1 1 L"] | None
     sin: Float[Tensor, "L head_dim"]
     cos: Float[Tensor, "L head_dim"]
+    past: KeysValues | None = None
+
+    def keys_values(self, K: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        """What the columns of this forward attend to: their own keys and values, or with those kept."""
+        return (K, V) if self.past is None else self.past.replace(K, V)
+
+    def columns(self, start: int, stop: int) -> BlockContext:
+        """For a forward over these columns only."""
+        return self._replace(sin=self.sin[..., start:stop, :], cos=self.cos[..., start:stop, :])
+
+    def take(self, rows: Bool[Tensor, " B"]) -> BlockContext:
+        """For these rows; tables with a row dimension have one per row."""
+        sin, cos = (table[rows] if table.dim() == 4 else table for table in (self.sin, self.cos))
+        return self._replace(bias=None if self.bias is None else self.bias[rows], sin=sin, cos=cos)
 
 
 class Block(nn.Module, ABC):
@@ -176,6 +195,29 @@ class BlockStack(nn.Module, ABC):
         for block in list(self.blocks)[:-1]:
             x = block(x, ctx)
         return _OpenStates(self, x, ctx)
+
+    def start_cache(
+        self, input_ids: Int[Tensor, "B L"], attention_mask: Tensor | None = None
+    ) -> tuple[Float[Tensor, "B L d"], KVCache]:
+        """`hidden_states` of the whole canvas, and the keys and values it computed."""
+        context = self.context(input_ids.shape[1], attention_mask)
+        cache = KVCache([KeysValues() for _ in range(len(self.blocks))], context)
+        return self._run_cached(input_ids, context, cache, 0), cache
+
+    def use_cache(self, input_ids: Int[Tensor, "B n"], start: int, cache: KVCache) -> Float[Tensor, "B n d"]:
+        """`hidden_states` of the canvas's columns from `start` on, the others' keys and values as cached.
+
+        The columns' own keys and values replace those in the cache.
+        """
+        context = cache.context.columns(start, start + input_ids.shape[1])
+        return self._run_cached(input_ids, context, cache, start)
+
+    def _run_cached(self, input_ids: Tensor, context: BlockContext, cache: KVCache, start: int) -> Tensor:
+        x = self.embed(input_ids)
+        for block, past in zip(self.blocks, cache.layers, strict=True):
+            past.start = start
+            x = block(x, context._replace(past=past))
+        return self.final_norm(x)
 
     def embed(self, input_ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L d"]:
         return self.embedding(input_ids)

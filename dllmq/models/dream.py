@@ -233,7 +233,8 @@ class DreamBlock(Block):
     def attention(
         self, h: Float[Tensor, "B L d"], ctx: BlockContext, at: slice | None = None
     ) -> Float[Tensor, "B c d"]:
-        mixed = self.product(*self.project(h, ctx, at), ctx.bias)
+        Q, K, V = self.project(h, ctx, at)
+        mixed = self.product(Q, *ctx.keys_values(K, V), ctx.bias)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     @property

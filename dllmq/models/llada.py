@@ -230,7 +230,7 @@ class LLaDABlock(Block):
         self, h: Float[Tensor, "B L d"], ctx: BlockContext, at: slice | None = None
     ) -> Float[Tensor, "B c d"]:
         Q, K, V = self.project(h, ctx, at)
-        mixed = self.product(Q, K, V, ctx.bias)
+        mixed = self.product(Q, *ctx.keys_values(K, V), ctx.bias)
         return self.attn_out(mixed.transpose(1, 2).flatten(2))
 
     def mlp(self, h: Float[Tensor, "B L d"]) -> Float[Tensor, "B L d"]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dllmq.report.compare import Delta, Effect, MainEffect, delta, effects, main_effects
+from dllmq.report.decoding import DecodingEffect, decoding_effects
 from dllmq.report.figures import draw, write_png
 from dllmq.report.groups import Group, as_group, fidelity, finite, groups, score, tasks, twin, varying_toggles
 from dllmq.report.html import headline, render
@@ -48,6 +49,7 @@ def summary(sweep: Sweep) -> dict[str, Any]:
 
     A run's own differences are uncorrected; those under "effects" and "main_effects" carry Holm's p.
     """
+    decoding = [_decoding(sweep, effect) for effect in decoding_effects(sweep)]
     return {
         "sweep": sweep.name,
         "headline": headline(sweep),
@@ -61,7 +63,7 @@ def summary(sweep: Sweep) -> dict[str, Any]:
             for record, path in zip(sweep.records, sweep.paths or [None] * len(sweep.records), strict=True)
         ],
         "failed": [{k: s[k] for k in ("run_name", "axes", "error")} for s in sweep.failed],
-    }
+    } | ({"approximate_decoding": decoding} if decoding else {})
 
 
 def _outline(r: RunRecord) -> dict[str, Any]:
@@ -88,6 +90,15 @@ def _effect(sweep: Sweep, effect: Effect) -> dict[str, Any]:
         "inert": effect.inert,
         "deltas": {t: {"metric": tasks(sweep)[t], **_plain(d)} for t, d in effect.deltas.items()},
         "kl": _plain(effect.kl),
+    }
+
+
+def _decoding(sweep: Sweep, effect: DecodingEffect) -> dict[str, Any]:
+    return {
+        "axes": effect.group.axes,
+        "instead_of": effect.twin.axes,
+        "deltas": {t: {"metric": tasks(sweep)[t], **_plain(d)} for t, d in effect.deltas.items()},
+        "times_fewer": effect.saved,
     }
 
 

@@ -241,8 +241,8 @@ def effects(sweep: Sweep) -> list[Effect]:
             if off := twin(sweep, group, toggle):
                 deltas = {t: d for t, m in tasks(sweep).items() if (d := delta(group, off, t, m))}
                 found.append(Effect(toggle, group, off, deltas, fidelity_delta(group, off, "kl")))
-    scores = iter(_corrected([d for e in found for d in e.deltas.values()]))
-    kls = iter(_corrected([e.kl for e in found if e.kl]))
+    scores = iter(holm_corrected([d for e in found for d in e.deltas.values()]))
+    kls = iter(holm_corrected([e.kl for e in found if e.kl]))
     return [
         replace(e, deltas={t: next(scores) for t in e.deltas}, kl=next(kls) if e.kl else None) for e in found
     ]
@@ -270,7 +270,7 @@ def main_effects(sweep: Sweep) -> list[MainEffect]:
 def corrected(found: Sequence[MainEffect]) -> list[MainEffect]:
     """The same rows with Holm's correction: over all rows on the tasks, and over those of KL; no placebo."""
     families = {
-        kl: iter(_corrected([e.delta for e in found if not e.placebo and (e.task == "KL") == kl]))
+        kl: iter(holm_corrected([e.delta for e in found if not e.placebo and (e.task == "KL") == kl]))
         for kl in (False, True)
     }
     return [e if e.placebo else replace(e, delta=next(families[e.task == "KL"])) for e in found]
@@ -308,7 +308,7 @@ def _averaged(twins: Sequence[Effect], measure: Measure) -> Delta | None:
     return _tested(d, min(map(len, matches))) if len(d) else None
 
 
-def _corrected(deltas: Sequence[Delta]) -> list[Delta]:
-    """The same deltas with Holm's correction over those that have a p."""
+def holm_corrected(deltas: Sequence[Delta]) -> list[Delta]:
+    """The same deltas with Holm's correction over those that have a p; they are one family."""
     adjusted = iter(holm([d.p for d in deltas if d.p is not None]))
     return [d if d.p is None else replace(d, p_holm=next(adjusted)) for d in deltas]

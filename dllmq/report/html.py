@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
+from dllmq.report.decoding import approximate, decoding_table
 from dllmq.report.effect_tables import effects_table, main_effects_table, settings_table
 from dllmq.report.figures import draw, to_svg
 from dllmq.report.groups import all_records, groups, label, tasks, varying_axes, varying_toggles
@@ -36,6 +37,7 @@ def render(sweep: Sweep, drawings: list[Drawing] | None = None, folder: str | Pa
     changes = changed_answers(sweep, folder) if folder is not None else []
     sections = {
         "Results": _tables([results_table(sweep)]) + _figures(drawings, "scores"),
+        "Approximate decoding": _tables([decoding_table(sweep)]),
         "What each switch changes": _tables([main_effects_table(sweep)], titled=True)
         + _figures(drawings, "effects")
         + _tables([effects_table(sweep)], titled=True),
@@ -82,6 +84,9 @@ def headline(sweep: Sweep) -> str:
     if task_metrics := tasks(sweep):
         text += f" Measured on {_and([_task_n(sweep, t, m) for t, m in task_metrics.items()])}"
         text += ", against the same model in full precision." if sweep.baseline else "."
+    if fast := sum(approximate(r.axes) for r in sweep.records):
+        which = f"{fast} of the runs" if fast < count else "every run" if count > 1 else "the run"
+        text += f" Approximate decoding (cache, threshold) in {which}."
     return text
 
 

@@ -166,4 +166,8 @@ MEANING = {
     "attn_bits": "Bits of the attention product's operands; auto takes the activation width, none leaves "
     "them alone.",
     "model": "The checkpoint that was quantized.",
+    "cache": "Approximate decoding. Inside a block of the answer, keys and values left of it (prefix), or "
+    "left and right of it (dual), are reused instead of computed again.",
+    "threshold": "Approximate decoding. A denoising step commits every token with at least this confidence, "
+    "and the most confident one in any case, instead of a fixed number of tokens.",
 }

@@ -23,7 +23,7 @@ from dllmq.report.results import Sweep
 
 # switch -> (axis it belongs to, its level there)
 _SWITCHED = {"tmas": ("states", "tmas"), "iaaq": ("value_scale", "iaaq")}
-_NO_SETTING = ("model", "method", "bits", "gen_length", "steps", "seed")
+_NO_SETTING = ("model", "method", "bits", "gen_length", "steps", "cache", "threshold", "seed")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from dllmq.report.cells import delta_cell, doubtful, kl_cell, number_cell, p_cell, score_cell, tests_used
 from dllmq.report.compare import delta
+from dllmq.report.decoding import decoding_table
 from dllmq.report.effect_tables import effects_table, main_effects_table, settings_table
 from dllmq.report.groups import (
     Group,
@@ -37,6 +38,7 @@ def sweep_tables(sweep: Sweep) -> list[Table]:
     """What a sweep prints: the results and, where a switch varies, its effect in each cell and on average."""
     tables = [
         results_table(sweep),
+        decoding_table(sweep),
         effects_table(sweep),
         main_effects_table(sweep),
         settings_table(sweep),

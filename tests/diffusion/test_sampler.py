@@ -366,8 +366,6 @@ def test_nan_from_the_model_is_named() -> None:
         ({"top_p": 0.9}, "top_p=0.9"),
         ({"top_k": 5}, "top_k=5"),
         ({"eps": 0.1}, "eps=0.1"),
-        ({"cache": "prefix"}, "cache=prefix is not available: the only cache is none"),
-        ({"threshold": 0.9}, "threshold=0.9 is not available yet"),
     ],
 )
 def test_a_wrong_config_is_one_clear_sentence(values: dict, sentence: str) -> None:

@@ -111,8 +111,26 @@ class CountedRows:
         self.rows += len(input_ids)
         return self.model.hidden_states(input_ids, attention_mask)
 
+    def start_cache(self, input_ids, attention_mask=None):
+        self.rows += len(input_ids)
+        return self.model.start_cache(input_ids, attention_mask)
 
-@pytest.mark.parametrize("options", [{}, {"cfg_scale": 1.0}, {"temperature": 0.7}, {"remasking": "random"}])
+    def use_cache(self, input_ids, start, cache):
+        self.rows += len(input_ids)
+        return self.model.use_cache(input_ids, start, cache)
+
+
+OPTIONS = [
+    {},
+    {"cfg_scale": 1.0},
+    {"temperature": 0.7},
+    {"remasking": "random"},
+    {"cache": "prefix"},
+    {"cache": "dual", "threshold": 0.02},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_answers_are_those_of_the_full_run(model, tokenizer, options: dict) -> None:
     """Finished rows leave their batch; with noise, which is drawn for all, the batch ends with its last row.
 
@@ -133,9 +151,31 @@ def test_answers_are_those_of_the_full_run(model, tokenizer, options: dict) -> N
         rows[cut], forwards[cut] = counted.rows, lm.counters.forwards
     assert wanted["first"] == wanted["none"]
     assert len({len(answer.text) for answer in wanted["none"]}) > 2
-    assert forwards["first"] <= forwards["none"] == 8 * len(batches)
+    assert forwards["first"] <= forwards["none"] <= sampler.num_steps * len(batches)
+    if sampler.threshold is None:
+        assert forwards["none"] == 8 * len(batches)
     if sampler.deterministic:
         assert rows["first"] < rows["none"]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"cache": "dual"}, {"threshold": 0.02}, {"cache": "prefix", "threshold": 0.02}]
+)
+def test_costs_are_of_the_answers_and_of_what_was_computed(model, tokenizer, options: dict) -> None:
+    """Steps per answer do not depend on the batch; rows that wait or have left are in no forward."""
+    sampler = SamplerConfig(gen_length=16, steps=16, block_length=8, **options)
+    steps = {}
+    for batch_size in (1, 4):
+        counted = CountedRows(model)
+        lm = DiffusionLM(counted, tokenizer, EvalSettings(sampler, batch_size=batch_size, eos_cut="first"))
+        lm.generate_until(requests(4))
+        steps[batch_size] = lm.counters.answer_forwards
+        assert lm.counters.answer_forwards == counted.rows
+        longest = max(len(lm.encode(r.args[0])) for r in requests(4)) + 16
+        assert 8 * counted.rows <= lm.counters.positions <= longest * counted.rows
+        if batch_size == 1:
+            assert lm.counters.forwards == counted.rows
+    assert steps[1] == steps[4]
 
 
 @pytest.mark.parametrize(
