@@ -738,6 +738,8 @@ def code_digest() -> str:
             "report",
             "run.py",
             "generate.py",
+            "status.py",
+            "workers.py",
             "cache.py",
             "conf",
             "__pycache__",
@@ -760,7 +762,7 @@ def slug(text: str, limit: int = 100) -> str:
 def sweep_folder(overrides: list[str]) -> str:
     """outputs/<name>, or outputs/<the overrides> so that the same command finds its folder again."""
     named = [o.partition("=")[2] for o in overrides if o.startswith("name=")]
-    ignored = ("name=", "resume=", "dry_run=", "threads=", "cache_dir=", "tracker=", "hydra.")
+    ignored = ("name=", "resume=", "dry_run=", "threads=", "cache_dir=", "tracker=", "hydra.", "hydra/")
     text = "_".join(o for o in overrides if not o.startswith(ignored))
     experiment = [o.partition("=")[2] for o in overrides if o.startswith(("experiment=", "+experiment="))]
     if not named and experiment and len([o for o in overrides if not o.startswith(ignored)]) == 1:

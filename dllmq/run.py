@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 import traceback
@@ -22,7 +23,8 @@ from dllmq.config import Plan, cell_name, check_cell, load, sweep_folder
 from dllmq.diffusion import SamplerConfig
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.task_settings import DEFAULT
-from dllmq.report.callback import complain, finish_sweep
+from dllmq.report.callback import complain, finish_sweep, launcher_of
+from dllmq.workers import enter, pin_gpu
 
 console = Console()
 log = logging.getLogger(__name__)
@@ -34,6 +36,12 @@ def run(cfg: DictConfig) -> None:
     sweeping = hydra_config.mode == RunMode.MULTIRUN
     folder = Path(hydra_config.runtime.output_dir)
     name = cell_name(hydra_config.job.override_dirname)
+    launcher = launcher_of(hydra_config)
+    if launcher != "basic":
+        start_logging(f"[{hydra_config.job.num}] ")
+        enter(hydra_config.runtime.cwd)
+    if "joblib" in launcher:
+        _pin(str(cfg.device))
     plan = check_cell(cfg)
     if plan.config.dry_run:
         console.print(describe(plan, name), markup=False, highlight=False, soft_wrap=True)
@@ -41,16 +49,26 @@ def run(cfg: DictConfig) -> None:
     import torch
 
     from dllmq.cell import Cell
+    from dllmq.report.heartbeat import Pulse, cell_log, heartbeat
     from dllmq.report.progress import progress_bar
 
     if plan.config.threads is not None:
         torch.set_num_threads(plan.config.threads)
-    log.info("%s", name)
-    with progress_bar(console, name) as progress:
-        cell = Cell(plan, folder, folder.parent, name, command(), progress)
-        cell.run()
+    with progress_bar(console, name, launcher == "basic") as progress, cell_log(folder):
+        log.info("%s", name)
+        pulse = Pulse(name, progress)
+        with heartbeat(folder, pulse):
+            Cell(plan, folder, folder.parent, name, command(), pulse.tell).run()
     if not sweeping:
         finish_sweep(folder.parent)
+
+
+def _pin(device: str) -> None:
+    """A GPU of its own for each process of joblib, unless `device` names one or none."""
+    if device in ("auto", "cuda"):
+        import torch
+
+        pin_gpu(torch.cuda.device_count())
 
 
 def guarded(cfg: DictConfig) -> None:
@@ -143,21 +161,38 @@ def describe_answers(plan: Plan, name: str, answer: EvalSettings) -> list[str]:
 
 
 def arguments(argv: list[str]) -> list[str]:
-    """argv with the folder of a run or sweep, so that the same command finds the same folder again."""
+    """argv with the folder of a run or sweep, so that the same command finds the same folder again.
+
+    A sweep with a launcher names it by its whole path: its workers may start elsewhere. A dry run needs no
+    launcher.
+    """
     overrides = [a for a in argv if not a.startswith("-") and "=" in a]
+    if any(o.lower() == "dry_run=true" for o in overrides):
+        argv = [a for a in argv if not a.startswith(("hydra/launcher=", "hydra.launcher."))]
+    launched = any(a.startswith("hydra/launcher=") for a in argv)
     if any(o.startswith(("hydra.sweep.dir=", "hydra.run.dir=")) for o in overrides):
-        return argv
+        return [_whole_path(a) if launched and a.startswith("hydra.sweep.dir=") else a for a in argv]
     folder = sweep_folder(overrides)
     sweeping = any(a in ("-m", "--multirun") for a in argv)
     key, value = ("hydra.sweep.dir", folder) if sweeping else ("hydra.run.dir", f"{folder}/run")
-    return [*argv, f"{key}='{value}'"]
+    added = f"{key}='{value}'"
+    return [*argv, _whole_path(added) if launched and sweeping else added]
 
 
-def start_logging() -> None:
-    """One line a stage with its time; above the progress bar on a terminal, unwrapped in a pipe or file."""
+def _whole_path(override: str) -> str:
+    key, _, value = override.partition("=")
+    return f"{key}='{os.path.abspath(value.strip(chr(39)))}'"
+
+
+def start_logging(prefix: str = "") -> None:
+    """One line a stage with its time; above the progress bar on a terminal, unwrapped in a pipe or file.
+
+    Args:
+        prefix: tells the lines of cells apart that run at once; these have no progress bar.
+    """
     handler: logging.Handler = logging.StreamHandler()
-    text = "%(asctime)s %(message)s"
-    if console.is_terminal:
+    text = f"%(asctime)s {prefix.replace('%', '%%')}%(message)s"
+    if console.is_terminal and not prefix:
         highlighter = NullHighlighter()
         handler = RichHandler(
             console=console,
@@ -169,18 +204,38 @@ def start_logging() -> None:
             omit_repeated_times=False,
         )
         text = "%(message)s"
-    logging.basicConfig(level=logging.INFO, format=text, datefmt="%H:%M:%S", handlers=[handler])
+    logging.basicConfig(level=logging.INFO, format=text, datefmt="%H:%M:%S", handlers=[handler], force=True)
+    for noisy in ("httpx", "urllib3", "datasets", "transformers", "matplotlib", "wandb", "hydra_plugins"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="hydra")
 
 
 def main() -> None:
     """Entry point."""
     start_logging()
-    for noisy in ("httpx", "urllib3", "datasets", "transformers", "matplotlib", "wandb"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="hydra")
     sys.argv = [sys.argv[0], *arguments(sys.argv[1:])]
-    hydra.main(version_base="1.3", config_path="pkg://dllmq.conf", config_name="config")(guarded)()
+    own = os.environ.get("HYDRA_FULL_ERROR")
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://dllmq.conf", config_name="config")(guarded)()
+    except Exception as error:  # only of a launcher: see SweepCallback
+        if own:
+            raise
+        complain(
+            f"the launcher stopped ({type(error).__name__}: {last_line(error)}); finished cells are kept and "
+            "the same command continues"
+        )
+        sys.exit(1)
+
+
+def last_line(error: Exception, limit: int = 300) -> str:
+    """Launchers put a worker's whole traceback into the message; its last line is the reason."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
+    return lines[-1][:limit] if lines else "no message"
 
 
 if __name__ == "__main__":
-    main()
+    from dllmq.run import (
+        main as start,
+    )  # launchers send functions by their module's name, which is not __main__
+
+    start()
