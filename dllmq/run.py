@@ -49,13 +49,13 @@ def run(cfg: DictConfig) -> None:
     import torch
 
     from dllmq.cell import Cell
-    from dllmq.report.heartbeat import Pulse, cell_log, heartbeat
+    from dllmq.report.heartbeat import Pulse, cell_log, heartbeat, host
     from dllmq.report.progress import progress_bar
 
     if plan.config.threads is not None:
         torch.set_num_threads(plan.config.threads)
     with progress_bar(console, name, launcher == "basic") as progress, cell_log(folder):
-        log.info("%s", name)
+        log.info("%s, on %s, process %d", name, host(), os.getpid())
         pulse = Pulse(name, progress)
         with heartbeat(folder, pulse):
             Cell(plan, folder, folder.parent, name, command(), pulse.tell).run()

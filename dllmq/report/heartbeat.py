@@ -1,6 +1,6 @@
-"""A running cell's sign of life, <cell>/heartbeat.json, written every few seconds; and its log, <cell>/run.log.
+"""A running cell's sign of life, <cell>/heartbeat.json, every few seconds; and its log, <cell>/run.log.
 
-    run_name, host, pid, stage, done, total, left_s, elapsed_s, since_progress_s, every_s, ended (where it has)
+    run_name, host, pid, stage, done, total, left_s, elapsed_s, since_progress_s, every_s, ended (if it has)
 
 A thread writes it, so that one long step does not look like a dead process. It is removed when the cell has
 finished or failed (results.json or status.json tell); after an interruption it stays with "ended", and what a
@@ -26,6 +26,11 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
 HEARTBEAT, LOG = "heartbeat.json", "run.log"
 EVERY = 5.0  # seconds
+
+
+def host() -> str:
+    """This machine's name: DLLMQ_HOST, or what the system calls it (of a container, often an id)."""
+    return os.environ.get("DLLMQ_HOST") or socket.gethostname()
 
 
 class Pulse:
@@ -65,7 +70,7 @@ class Pulse:
                 left = max(0.0, pace * (self.total - self.done) - since)
             return {
                 "run_name": self.name,
-                "host": socket.gethostname(),
+                "host": host(),
                 "pid": os.getpid(),
                 "stage": self.stage,
                 "done": self.done,
