@@ -97,8 +97,8 @@ def _note(number: int, frame: FrameType | None) -> None:
     """The handler. It writes to the file descriptor: a stream may be in the middle of a write just now."""
     if _state.received is None:
         _state.received = number
-        text = f"\n{signal.Signals(number).name}: the block or batch at hand is finished first; once more to stop now\n"
-        os.write(2, text.encode())
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: the block or batch at hand is finished first; again to stop now\n".encode())
         return
     for each in SIGNALS:
         signal.signal(each, signal.SIG_DFL)

@@ -3,8 +3,8 @@
 Each is an entry of a `Cache`: whole or absent, checked against its sha256, made by one process at a time. An
 entry holds what quantization changed in the block (packed codes, scales, zeros and group indices, biases,
 norms that absorbed a scale, V's static scales), the method's notes and the seconds it took; what is
-quantized dynamically is in the recipe. Restored, the block is the one that was stored, bit for bit: `QuantLinear` makes its weight from
-the same numbers.
+quantized dynamically is in the recipe. Restored, the block is the one that was stored, bit for bit:
+`QuantLinear` makes its weight from the same numbers.
 """
 
 from __future__ import annotations

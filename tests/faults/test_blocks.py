@@ -1,11 +1,11 @@
-"""A quantization that is stopped after some blocks and goes on is the one that was never stopped, bit for bit."""
+"""A quantization that was stopped after some blocks goes on as if it had never been stopped, bit for bit."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import tiny_folders
+import torch
 from safetensors.torch import load_file
 
 from dllmq.cache import Cache
@@ -85,7 +85,9 @@ def test_a_stopped_quantization_goes_on_bit_for_bit(tmp_path: Path, architecture
     assert_equal(whole, resumed)
 
 
-@pytest.mark.parametrize("how", [{"compact": True}, {"stream": True}, {"on_block": lambda index, block: None}])
+@pytest.mark.parametrize(
+    "how", [{"compact": True}, {"stream": True}, {"on_block": lambda index, block: None}]
+)
 def test_compact_streamed_and_watched_blocks_too(tmp_path: Path, how: dict[str, Any]) -> None:
     whole, _ = run(CASES["gptq"], None)
     for stop in (1, 2, None):
@@ -106,9 +108,7 @@ def test_blocks_of_another_key_are_not_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other"])
-def test_a_damaged_block_is_made_again(
-    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_block_is_made_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     whole, _ = run(CASES["gptq"], store(tmp_path))
     first, second = sorted(f for f in tmp_path.glob("block/*/*") if len(f.name) == 64)
     raw = first.read_bytes()
