@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
+    "interrupt",
+    "locks",
     "cache",
     "numerics",
     "kernels",

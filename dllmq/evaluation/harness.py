@@ -18,6 +18,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -27,6 +28,7 @@ from lm_eval.api.model import LM
 from torch import Tensor
 
 from dllmq.diffusion import MaskPredictor, apply, denoise, greedy_match, log_likelihoods
+from dllmq.evaluation.answers import AnswerLog, Batch, digest
 from dllmq.evaluation.settings import EvalSettings
 
 log = logging.getLogger(__name__)
@@ -111,6 +113,7 @@ class DiffusionLM(LM):
         tokenizer: a Hugging Face tokenizer.
         settings: how it answers.
         progress: called with (done, total, what) after each denoising step, or finished likelihood.
+        answers: of an earlier run that was stopped; the batches in it are not answered again.
 
     Attributes:
         counters: what the requests so far took.
@@ -122,9 +125,10 @@ class DiffusionLM(LM):
         tokenizer: Tokenizer,
         settings: EvalSettings | None = None,
         progress: Progress | None = None,
+        answers: AnswerLog | None = None,
     ) -> None:
         super().__init__()
-        self.counters = Counters()
+        self.counters, self.answers = Counters(), answers or AnswerLog(None, "")
         self.model, self.tokenizer = CountingModel(model, self.counters), tokenizer
         self.settings, self.progress = settings or EvalSettings(), progress
         self._device = model.device
@@ -171,10 +175,32 @@ class DiffusionLM(LM):
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         answers = [""] * len(requests)
         for index, rows in enumerate(batches):
-            generated = self._denoise([prompts[i] for i in rows], index, len(batches))
+            own, of = [prompts[i] for i in rows], [_problem(requests[i]) for i in rows]
+            denoise_own = partial(self._denoise, own, index, len(batches))
+            generated = self._kept("generate_until", index, own, denoise_own, of)
+            self._tell_restored(index + 1, len(batches))
             for i, tokens in zip(rows, generated, strict=True):
                 answers[i] = self._finish(tokens, requests[i])
         return answers
+
+    def _kept(
+        self, kind: str, index: int, content: Any, answer: Callable[[], list[Any]], problems: list[str]
+    ) -> list[Any]:
+        """What the log knows of a batch, or answer(), which goes into the log; forwards are counted alike."""
+        before = self.counters.forwards
+
+        def counted() -> Batch:
+            values = answer()
+            return Batch(values, self.counters.forwards - before)
+
+        batch = self.answers.batch(kind, index, content, counted, problems)
+        self.counters.forwards = before + batch.forwards
+        return batch.values
+
+    def _tell_restored(self, batches: int, of: int) -> None:
+        if self.progress is not None and self.answers.restored:
+            steps = self.settings.sampler.steps
+            self.progress(batches * steps, of * steps, "denoising steps")
 
     def _denoise(self, prompts: list[list[int]], index: int, num_batches: int) -> list[list[int]]:
         """The generated tokens of one batch.
@@ -251,16 +277,29 @@ class DiffusionLM(LM):
         tensors = [(_ids(pairs[i][0]), _ids(pairs[i][1])) for i in order]
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for i, ids, value in zip(order, tensors, self._bounds(tensors), strict=True):
-            greedy = self.settings.greedy_check and greedy_match(
-                self.model, *ids, self.settings.sampler.cfg_scale
-            )
-            results[i] = (value, greedy)
+            results[i] = (value, self.settings.greedy_check and self._is_greedy(*ids, requests[i]))
             self.cache_hook.add_partial("loglikelihood", requests[i].args, results[i])
         self.counters.requests += len(requests)
         return results
 
+    def _is_greedy(self, prompt: Tensor, answer: Tensor, request: Instance) -> bool:
+        """A batch of its own for the log."""
+        content = [prompt.tolist(), answer.tolist()]
+        cfg_scale = self.settings.sampler.cfg_scale
+
+        def compare() -> list[bool]:
+            return [greedy_match(self.model, prompt, answer, cfg_scale)]
+
+        found = self._kept("greedy", 0, content, compare, [_problem(request)])
+        return bool(found[0])
+
     def _bounds(self, pairs: list[tuple[Tensor, Tensor]]) -> list[float]:
         s = self.settings
+        all_of_them = digest([[prompt.tolist(), answer.tolist()] for prompt, answer in pairs])
+
+        def keep(index: int, requests: list[int], compute: Callable[[], list[float]]) -> list[float]:
+            return self._kept("loglikelihood", index, all_of_them, compute, [str(r) for r in requests])
+
         return log_likelihoods(
             self.model,
             pairs,
@@ -270,6 +309,7 @@ class DiffusionLM(LM):
             seed=s.seed,
             rows_per_forward=s.rows_per_forward,
             progress=self.progress,
+            keep=keep,
         )
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -331,6 +371,11 @@ def left_pad(prompts: list[list[int]], pad: int) -> tuple[Int[Tensor, "B P"], In
     if all(len(prompt) == width for prompt in prompts):
         return ids, None
     return ids, _ids([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
+
+def _problem(request: Instance) -> str:
+    """Task and number of a request's problem, for a reader of the log."""
+    return f"{request.task_name}/{request.doc_id}"
 
 
 def _ids(values: Any) -> Tensor:

@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from dllmq.evaluation import benchmarks, task_data
+from dllmq.evaluation.answers import AnswerFolder
 from dllmq.evaluation.code_scoring import POSTPROCESS
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.statistics import mean_stderr
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent / "task_configs"
 Progress = Callable[[int, int, str], None]
 Number = int | float
+NOT_KEPT = AnswerFolder()
 
 
 class _Loader(yaml.SafeLoader):
@@ -216,6 +218,7 @@ def evaluate(
     work_dir: Path = Path("."),
     progress: Progress | None = None,
     data_dir: Path | None = None,
+    answers: AnswerFolder = NOT_KEPT,
 ) -> EvalResult:
     """Scores a model.
 
@@ -229,9 +232,12 @@ def evaluate(
         work_dir: for the problems and the data sets' cache.
         progress: called with (done, total, "task: what").
         data_dir: local files of published tasks (see task_data.py); None: the hub's data.
+        answers: where they are kept until the run ends; what an earlier one left there is not asked again.
 
     Raises:
-        ValueError: unknown tasks, no opt-in, data that cannot be read, or a prompt that does not fit.
+        ValueError: unknown tasks, no opt-in, data that cannot be read, a prompt that does not fit, or a
+            problem that cannot be scored.
+        Interrupted: after a signal, when the batch at hand is kept.
     """
     check_tasks(tasks)
     check_code_execution(tasks, allow_code_execution)
@@ -243,7 +249,7 @@ def evaluate(
 
     result = EvalResult()
     for name, own in each.items():
-        lm = DiffusionLM(model, tokenizer, own, _named(progress, name))
+        lm = DiffusionLM(model, tokenizer, own, _named(progress, name), answers.of(name))
         result |= score_task(lm, name, limit, work_dir, own, data_dir)
     return result
 
@@ -288,7 +294,7 @@ def score_task(
                 torch_random_seed=None,
             )
     counters = asdict(lm.counters) if hasattr(lm, "counters") else {}
-    counters["seconds"] = time.perf_counter() - start
+    counters["seconds"] = time.perf_counter() - start + getattr(getattr(lm, "answers", None), "seconds", 0.0)
     result = _read_samples(
         name, {c["task"]: output["samples"][c["task"]] for c in configs}, counters, grouped
     )
