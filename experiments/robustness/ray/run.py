@@ -61,7 +61,8 @@ class Outcome:
 @contextmanager
 def cluster() -> Iterator[Any]:
     """Two nodes, "head" and "worker", one CPU each; the cluster, to join with its `address`."""
-    os.environ.update(ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))
+    os.environ.update(ENVIRONMENT)
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # a process reads it once
     from ray.cluster_utils import Cluster
 
     own = Cluster()
