@@ -95,66 +95,6 @@ def farewell(stop: KeyboardInterrupt, command: str, resume: bool = True) -> str:
     return f"stopped by {name}; what is finished is kept, and this continues: {command}"
 
 
-def exit_code(self) -> int:
-    """What a shell reports of a program that this signal ended: 130 or 143."""
-    return 128 + self.number
-
-
-@dataclass
-class _State:
-    """Of this process: signals are the process's too."""
-
-    received: int | None = None
-
-
-_state = _State()
-
-
-@contextmanager
-def listening() -> Iterator[None]:
-    """Within the context a signal is noted for `check`, which is also asked at the end.
-
-    A signal that was ignored before (SIGINT of a job in a shell's background) stays ignored.
-
-    Raises:
-        Interrupted: a signal came, and the body ended before it asked.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    _state.received = None
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    ours = [number for number in SIGNALS if before[number] != signal.SIG_IGN]
-    for number in ours:
-        signal.signal(number, _note)
-    try:
-        yield
-        check()
-    finally:
-        for number in ours:
-            signal.signal(number, _handler(before[number]))
-        _state.received = None
-
-
-def check() -> None:
-    """Call it when a unit of work is finished and kept.
-
-    Raises:
-        Interrupted: a signal has come since `listening` began.
-    """
-    if _state.received is not None:
-        raise Interrupted(_state.received)
-
-
-def farewell(stop: KeyboardInterrupt, resume: bool = True) -> str:
-    """What to say when the run ends: how to continue it."""
-    name = str(stop) or "SIGINT"
-    command = _state.command or "the same command"
-    if not resume:
-        return f"stopped by {name}; resume=false begins again, resume=true continues: {command}"
-    return f"stopped by {name}; what is finished is kept. Continue with: {command}"
-
-
 def exit_code(stop: KeyboardInterrupt) -> int:
     return stop.exit_code if isinstance(stop, Interrupted) else 128 + signal.SIGINT
 
