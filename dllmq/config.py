@@ -674,11 +674,19 @@ READ = (".json", ".safetensors", ".jinja", ".txt", ".model")
 
 def fingerprint(config: RunConfig, device: str) -> str:
     """sha256 over all that affects the numbers: config, weights, tokenizer, data, code, device, threads."""
+    return fingerprint_of(fingerprint_parts(config, device))
+
+
+def fingerprint_of(parts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_parts(config: RunConfig, device: str) -> dict[str, Any]:
+    """What the fingerprint is of, as JSON values: the config's own keys under "config"."""
     values = {k: v for k, v in config.plain().items() if k not in _NEUTRAL}
     values["tasks"] = {k: v for k, v in values["tasks"].items() if k != "data_dir"}  # what is in it counts
     data = file_digest(Path(config.calibration.data)) if config.calibration.data else None
-    parts = identity(config, device) | {"config": values, "data": data, "tasks": _tasks_identity(config)}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return identity(config, device) | {"config": values, "data": data, "tasks": _tasks_identity(config)}
 
 
 def _tasks_identity(config: RunConfig) -> dict[str, Any]:
@@ -740,6 +748,9 @@ def code_digest() -> str:
             "generate.py",
             "status.py",
             "workers.py",
+            "team.py",
+            "interrupt.py",
+            "locks.py",
             "cache.py",
             "conf",
             "__pycache__",

@@ -1,9 +1,9 @@
 """SIGINT and SIGTERM end a run between two units of its work, and what is finished is kept.
 
-    with listening("python -m dllmq.run -m method=gptq,awq"):      # an entry point, in the main thread
+    with listening():            # an entry point, in the main thread
         for block in blocks:
             ...
-            check()                                                # raises Interrupted after a signal
+            check()              # raises Interrupted after a signal
 
 A unit is a block, a batch of answers or of trajectories, a stage. A second signal stops at once, wherever the
 program is; a third one ends it as the system does. Outside the main thread (workers of launchers) and where
@@ -41,7 +41,6 @@ class Interrupted(KeyboardInterrupt):
 class _State:
     """Of this process: signals are the process's too."""
 
-    command: str = ""
     received: int | None = None
 
 
@@ -49,25 +48,29 @@ _state = _State()
 
 
 @contextmanager
-def listening(command: str = "") -> Iterator[None]:
-    """Within the context a signal is noted for `check`; `command` is what continues the run.
+def listening() -> Iterator[None]:
+    """Within the context a signal is noted for `check`, which is also asked at the end.
 
     A signal that was ignored before (SIGINT of a job in a shell's background) stays ignored.
+
+    Raises:
+        Interrupted: a signal came, and the body ended before it asked.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _state.command, _state.received = command, None
+    _state.received = None
     before = {number: signal.getsignal(number) for number in SIGNALS}
     ours = [number for number in SIGNALS if before[number] != signal.SIG_IGN]
     for number in ours:
         signal.signal(number, _note)
     try:
         yield
+        check()
     finally:
         for number in ours:
             signal.signal(number, _handler(before[number]))
-        _state.command, _state.received = "", None
+        _state.received = None
 
 
 def check() -> None:
@@ -80,13 +83,16 @@ def check() -> None:
         raise Interrupted(_state.received)
 
 
-def farewell(stop: KeyboardInterrupt, resume: bool = True) -> str:
-    """What to say when the run ends: how to continue it."""
+def farewell(stop: KeyboardInterrupt, command: str, resume: bool = True) -> str:
+    """What to say when the run ends: how to continue it.
+
+    Args:
+        command: that was given; resume: whether it goes on with what it finds.
+    """
     name = str(stop) or "SIGINT"
-    command = _state.command or "the same command"
     if not resume:
-        return f"stopped by {name}; resume=false begins again, resume=true continues: {command}"
-    return f"stopped by {name}; what is finished is kept. Continue with: {command}"
+        return f"stopped by {name}; resume=false begins again, without it this continues: {command}"
+    return f"stopped by {name}; what is finished is kept, and this continues: {command}"
 
 
 def exit_code(stop: KeyboardInterrupt) -> int:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
+from dllmq import interrupt
 from dllmq.config import Plan, cell_name, check_cell, load, sweep_folder
 from dllmq.diffusion import SamplerConfig
 from dllmq.evaluation.settings import EvalSettings
@@ -27,6 +28,7 @@ from dllmq.report.callback import complain, finish_sweep, launcher_of
 from dllmq.workers import enter, pin_gpu
 
 console = Console()
+_given = "the same command"  # as it was typed
 log = logging.getLogger(__name__)
 
 
@@ -74,10 +76,11 @@ def _pin(device: str) -> None:
 def guarded(cfg: DictConfig) -> None:
     """run(), where a failure becomes one sentence and a status.json; a sweep goes on with its next cell."""
     try:
-        run(cfg)
-    except KeyboardInterrupt:
-        complain("interrupted; finished cells are kept, the same command continues with the next one")
-        sys.exit(130)
+        with interrupt.listening():
+            run(cfg)
+    except KeyboardInterrupt as stop:
+        complain(interrupt.farewell(stop, _given, bool(cfg.get("resume", True))))
+        sys.exit(interrupt.exit_code(stop))
     except Exception as error:
         from dllmq.report.results import STATUS, write_json_atomic
 
@@ -95,8 +98,11 @@ def guarded(cfg: DictConfig) -> None:
             "command": command(),
             "traceback": traceback.format_exc(),
         }
-        write_json_atomic(folder / STATUS, status)
         where = "" if expected else f" (the traceback is in {folder / STATUS})"
+        try:
+            write_json_atomic(folder / STATUS, status)
+        except OSError as unwritten:
+            where = f" (and {folder / STATUS} cannot be written: {unwritten})"
         complain(f"{name}: {sentence}{where}")
         if hydra_config.mode != RunMode.MULTIRUN:
             sys.exit(1)
@@ -213,6 +219,8 @@ def start_logging(prefix: str = "") -> None:
 def main() -> None:
     """Entry point."""
     start_logging()
+    global _given
+    _given = shlex.join(["python", "-m", "dllmq.run", *sys.argv[1:]])
     sys.argv = [sys.argv[0], *arguments(sys.argv[1:])]
     own = os.environ.get("HYDRA_FULL_ERROR")
     try:

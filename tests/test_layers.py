@@ -31,6 +31,9 @@ LAYERS = [
     "report",
     "config",
     "full_precision",
+    "resume",
+    "faults",
+    "machine",
     "cell",
 ]
 ENTRY_POINTS = {"run", "bench", "generate", "status"}  # the last layer; they do not import each other

@@ -11,7 +11,6 @@ and end before anything is scored.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -76,7 +75,6 @@ class SharedLog(AnswerLog):
                 return Batch([_BLANKS[kind]] * len(problems))
             given = self._wait(name, owner)
             if given is not None:
-                self.seconds += 0.0  # of another process: not this one's time
                 return given
         return super().batch(kind, index, content, answer, problems)
 
@@ -128,19 +126,16 @@ class Tail:
         """The lines that have been finished since; none of a file of another key."""
         try:
             with self.file.open("rb") as file:
-                if not _is_header(file.readline().rstrip(b"\n"), self.key):
+                header = file.readline()
+                if not _is_header(header.rstrip(b"\n"), self.key):
                     return []
-                file.seek(max(self._place, file.tell()))
+                start = file.seek(max(self._place, len(header)))
                 text = file.read()
         except OSError:
             return []
         end = text.rfind(b"\n") + 1
-        self._place = max(self._place, self._header_bytes()) + end
+        self._place = start + end
         return text[:end].splitlines()
-
-    def _header_bytes(self) -> int:
-        with self.file.open("rb") as file:
-            return len(file.readline())
 
 
 class Answered(Exception):
@@ -161,6 +156,3 @@ def only_answers(lm: Any) -> Any:
         setattr(lm, name, stopping(getattr(lm, name)))
     return lm
 
-
-def as_json(value: Any) -> bytes:
-    return json.dumps(value).encode()

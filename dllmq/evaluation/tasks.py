@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -194,6 +194,7 @@ class EvalResult:
         counters: requests, forwards, generated_tokens, truncated (see harness.Counters) and seconds.
         subtasks: {subtask: its scores}, of groups. A group's own score is the mean over all its problems,
             which is lm-eval's mean of subtasks weighted by their sizes; its stderr is that of this mean.
+        restored: requests that an earlier run had answered.
     """
 
     scores: dict[str, dict[str, dict[str, Number]]] = field(default_factory=dict)
@@ -201,10 +202,11 @@ class EvalResult:
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     counters: dict[str, dict[str, Number]] = field(default_factory=dict)
     subtasks: dict[str, dict[str, dict[str, dict[str, Number]]]] = field(default_factory=dict)
+    restored: dict[str, int] = field(default_factory=dict)
 
     def __or__(self, other: "EvalResult") -> "EvalResult":
         """Both results' tasks; `other` wins where both have one."""
-        names = ("scores", "per_problem", "samples", "counters", "subtasks")
+        names = ("scores", "per_problem", "samples", "counters", "subtasks", "restored")
         return EvalResult(**{name: getattr(self, name) | getattr(other, name) for name in names})
 
 
@@ -294,12 +296,13 @@ def score_task(
                 torch_random_seed=None,
             )
     counters = asdict(lm.counters) if hasattr(lm, "counters") else {}
-    counters["seconds"] = time.perf_counter() - start + getattr(getattr(lm, "answers", None), "seconds", 0.0)
+    earlier = getattr(lm, "answers", None) or NOT_KEPT.of(name)
+    counters["seconds"] = time.perf_counter() - start + earlier.seconds
     result = _read_samples(
         name, {c["task"]: output["samples"][c["task"]] for c in configs}, counters, grouped
     )
     _log_scores(name, result)
-    return result
+    return replace(result, restored={name: earlier.restored})
 
 
 @contextmanager
