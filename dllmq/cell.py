@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ from dllmq.report.results import (
 )
 from dllmq.report.tracker import TrackedRun, changed_samples, without_secrets
 from dllmq.resume import FOLDER, Resume, difference, flat
+from dllmq.team import Job, Team, own_arithmetic
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
@@ -65,9 +67,16 @@ class Cell:
     """A checked plan, ready to run in its folder."""
 
     def __init__(
-        self, plan: Plan, folder: Path, sweep: Path, name: str, command: str, progress: Progress
+        self,
+        plan: Plan,
+        folder: Path,
+        sweep: Path,
+        name: str,
+        command: str,
+        progress: Progress,
+        team: Team | None = None,
     ) -> None:
-        self.plan, self.config = plan, plan.config
+        self.plan, self.config, self.team = plan, plan.config, team or Team()
         self.folder, self.sweep, self.name, self.command = folder, sweep, name, command
         self.progress = progress
         self.stages, self.backend = Stages(plan.device), ""
@@ -307,11 +316,11 @@ class Cell:
         answers: AnswerFolder,
     ) -> tuple[RunRecord, EvalResult]:
         config = self.config
-        with self.stages("evaluate"):
+        job = partial(self._job, answers, quantized=report.quantized_share > 0)
+        with self.stages("evaluate"), self.team.sharing(answers, job) as shared:
             result = evaluate(
                 model, tokenizer, config.tasks.names, config.answers(), config.eval.limit,
-                config.eval.allow_code_execution, self.sweep / ".shared" / "tasks", self.progress,
-                config.data_dir, answers,
+                config.eval.allow_code_execution, self._work_dir, self.progress, config.data_dir, shared,
             )  # fmt: skip
         found = Fidelity({}, {})
         if reference is not None:
@@ -346,6 +355,29 @@ class Cell:
             fidelity_per_prompt=found.per_prompt,
         )
         return record, result
+
+    @property
+    def _work_dir(self) -> Path:
+        """Of the generated problems."""
+        return self.sweep / ".shared" / "tasks"
+
+    def _job(self, answers: AnswerFolder, quantized: bool) -> Job:
+        """An evaluation as the other processes of the team need it."""
+        blocks = self.resume.blocks()
+        return Job(
+            overrides=list(self.team.overrides),
+            quantized=quantized,
+            blocks=str(blocks.cache.folder.resolve()),
+            blocks_key=blocks.key,
+            answers=str(answers.folder.resolve()) if answers.folder else "",
+            answers_key=answers.key,
+            work_dir=str(self._work_dir.resolve()),
+            backend=self.backend or "auto",
+            stream=self.memory.stream,
+            compact=self.memory.compact,
+            threads=torch.get_num_threads(),
+            like=own_arithmetic(self.plan),
+        )
 
     def _fidelity(self, model: Any, reference: Reference) -> Fidelity:
         """Teacher-forced on full precision's states, and free-running from the same prompts."""

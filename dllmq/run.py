@@ -10,6 +10,7 @@ import traceback
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -25,10 +26,11 @@ from dllmq.diffusion import SamplerConfig
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.task_settings import DEFAULT
 from dllmq.report.callback import complain, finish_sweep, launcher_of
-from dllmq.workers import enter, pin_gpu
+from dllmq.workers import enter, pin_gpu, pin_rank
 
 console = Console()
 _given = "the same command"  # as it was typed
+_team: Any = None  # of torchrun
 log = logging.getLogger(__name__)
 
 
@@ -60,7 +62,9 @@ def run(cfg: DictConfig) -> None:
         log.info("%s, on %s, process %d", name, host(), os.getpid())
         pulse = Pulse(name, progress)
         with heartbeat(folder, pulse):
-            Cell(plan, folder, folder.parent, name, command(), pulse.tell).run()
+            if _team is not None:
+                _team.overrides = list(hydra_config.overrides.task)
+            Cell(plan, folder, folder.parent, name, command(), pulse.tell, _team).run()
     if not sweeping:
         finish_sweep(folder.parent)
 
@@ -219,8 +223,13 @@ def start_logging(prefix: str = "") -> None:
 def main() -> None:
     """Entry point."""
     start_logging()
-    global _given
+    global _given, _team
     _given = shlex.join(["python", "-m", "dllmq.run", *sys.argv[1:]])
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        _team = join_team(sys.argv[1:])
+        if _team.rank > 0:
+            _team.serve()
+            return
     sys.argv = [sys.argv[0], *arguments(sys.argv[1:])]
     own = os.environ.get("HYDRA_FULL_ERROR")
     try:
@@ -233,6 +242,29 @@ def main() -> None:
             "the same command continues"
         )
         sys.exit(1)
+    finally:
+        if _team is not None:
+            _team.end()
+
+
+def join_team(argv: list[str]) -> Any:
+    """The processes that torchrun started, this one with a GPU of its own where there are several."""
+    if any(a.startswith("hydra/launcher=") for a in argv):
+        complain("torchrun and hydra/launcher do not go together: use one of them.")
+        sys.exit(1)
+    if not any(a.startswith(("device=cpu", "device=cuda:")) for a in argv):
+        import torch
+
+        pin_rank(torch.cuda.device_count())
+    from dllmq.team import team_of_torchrun
+
+    try:
+        team = team_of_torchrun()
+    except ValueError as error:
+        complain(str(error))
+        sys.exit(1)
+    start_logging(f"[process {team.rank}] " if team.rank else "")
+    return team
 
 
 def last_line(error: Exception, limit: int = 300) -> str:

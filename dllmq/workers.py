@@ -40,10 +40,9 @@ def pin_gpu(count: int, locks: Path | None = None) -> str | None:
     """
     if count < 2 or _held:
         return os.environ.get("CUDA_VISIBLE_DEVICES")
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     folder = locks or Path(tempfile.gettempdir()) / f"dllmq-gpus-{os.getuid()}"
     folder.mkdir(exist_ok=True)
-    for turn, name in itertools.product(itertools.count(), seen.split(",")):
+    for turn, name in itertools.product(range(2**20), visible_gpus(count)):
         lock = FileLock(folder / f"{name}.{turn}.lock")
         try:
             lock.acquire(timeout=0)
@@ -53,3 +52,15 @@ def pin_gpu(count: int, locks: Path | None = None) -> str | None:
         os.environ["CUDA_VISIBLE_DEVICES"] = name
         break
     return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def pin_rank(count: int) -> None:
+    """Takes the GPU of this process's number on this machine, as torchrun gives it."""
+    if count > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus(count)[int(os.environ["LOCAL_RANK"]) % count]
+
+
+def visible_gpus(count: int) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES names, or 0 to count - 1."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return seen.split(",") if seen else [str(i) for i in range(count)]

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
     "interrupt",
+    "workers",
     "locks",
     "cache",
     "numerics",
@@ -34,6 +35,7 @@ LAYERS = [
     "resume",
     "faults",
     "machine",
+    "team",
     "cell",
 ]
 ENTRY_POINTS = {"run", "bench", "generate", "status"}  # the last layer; they do not import each other

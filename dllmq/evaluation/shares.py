@@ -58,6 +58,7 @@ class SharedLog(AnswerLog):
     shares: SharedAnswers = field(default_factory=SharedAnswers)
     tails: dict[int, Tail] = field(default_factory=dict)
     _turn: int = 0
+    _given: dict[str, Batch] = field(default_factory=dict)  # by the others; `_known` is of an earlier run
 
     def batch(
         self,
@@ -73,22 +74,21 @@ class SharedLog(AnswerLog):
         if owner != own and self.find(name) is None:
             if own != 0:
                 return Batch([_BLANKS[kind]] * len(problems))
-            given = self._wait(name, owner)
-            if given is not None:
-                return given
+            if name in self._given or self._wait(name, owner):
+                return self._given[name]
         return super().batch(kind, index, content, answer, problems)
 
-    def _wait(self, name: str, owner: int) -> Batch | None:
-        """Another process's batch; None where it ends without."""
+    def _wait(self, name: str, owner: int) -> bool:
+        """Until another process has answered a batch; False where it ends without."""
         pause = 0.01
         while True:
             at_work = self.shares.working(owner)  # asked before its log is read for the last time
-            self._known |= self.tails[owner].more()
-            if name in self._known:
-                return self._known[name]
+            self._given |= self.tails[owner].more()
+            if name in self._given:
+                return True
             if not at_work:
-                log.warning("process %d left a batch out, which is answered here", owner)
-                return None
+                log.warning("process %d left out a batch, which is answered here", owner)
+                return False
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_WAIT)
             interrupt.check()
@@ -155,4 +155,3 @@ def only_answers(lm: Any) -> Any:
     for name in ("generate_until", "loglikelihood"):
         setattr(lm, name, stopping(getattr(lm, name)))
     return lm
-
