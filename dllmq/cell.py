@@ -351,6 +351,7 @@ class Cell:
             | {"identity": {k: v for k, v in self.parts.items() if k != "config"}}
             | {"baseline": self.fp_key, "settings": {k: asdict(v) for k, v in config.answers().items()}}
             | {k: v for k, v in {"published": config.published(), "subtasks": result.subtasks}.items() if v}
+            | ({"helpers": self.team.batches} if self.team.batches else {})  # batches they answered, by rank
             | ({"sandbox": sandbox.level()} if any(map(runs_code, config.tasks.names)) else {}),
             fidelity_per_prompt=found.per_prompt,
         )

@@ -267,10 +267,10 @@ def join_team(argv: list[str]) -> Any:
     return team
 
 
-def last_line(error: Exception, limit: int = 300) -> str:
-    """Launchers put a worker's whole traceback into the message; its last line is the reason."""
+def last_line(error: Exception) -> str:
+    """The reason in a launcher's error: it may hold a worker's whole traceback, or a paragraph of advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
-    return lines[-1][:limit] if lines else "no message"
+    return lines[-1].partition(". ")[0][:300].rstrip(".") if lines else "no message"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ cannot do (another machine's arithmetic, too little memory) rank 0 does itself, 
 Announcements go through torchrun's store, answers and blocks through the file system, which the ranks share.
 
     job/<n>               {"overrides", "quantized", "answers", ...} or {"end": true}
-    job/<n>/done/<rank>   {"error": null or one sentence}
+    job/<n>/done/<rank>   {"batches": answered, "error": null or one sentence}
 """
 
 from __future__ import annotations
@@ -76,12 +76,14 @@ class Team:
     Attributes:
         rank, size: of this process, of the team; store: a key-value store that all reach, None alone.
         overrides: of the run at hand.
+        batches: how many each helper has answered of the latest evaluation.
     """
 
     rank: int = 0
     size: int = 1
     store: Any = None
     overrides: Sequence[str] = ()
+    batches: dict[int, int] = field(default_factory=dict)
     _jobs: int = field(default=0)
 
     @contextmanager
@@ -99,8 +101,10 @@ class Team:
             while self._working(number, rank):  # it writes into the folder
                 time.sleep(_PAUSE)
                 interrupt.check()
-            if error := self._get(f"job/{number}/done/{rank}")["error"]:
-                log.warning("process %d could not help: %s", rank, error)
+            done = self._get(f"job/{number}/done/{rank}")
+            self.batches[rank] = done["batches"]
+            if done["error"]:
+                log.warning("process %d could not help: %s", rank, done["error"])
 
     def end(self) -> None:
         """Lets the helpers go."""
@@ -113,14 +117,14 @@ class Team:
             job = self._wait_for(f"job/{number}")
             if job is None or "end" in job:
                 return
+            error, batches = None, 0
             try:
-                error = None
-                help_with(Job(**job), self.rank, self.size)
+                batches = help_with(Job(**job), self.rank, self.size)
             except Exception as problem:
                 log.debug("job %d", number, exc_info=True)
                 kind = "" if isinstance(problem, ValueError) else f"{type(problem).__name__}: "
                 error = kind + " ".join(str(problem).split())[:300]
-            self._set(f"job/{number}/done/{self.rank}", {"error": error})
+            self._set(f"job/{number}/done/{self.rank}", {"error": error, "batches": batches})
 
     def _working(self, number: int, rank: int) -> bool:
         return not self.store.check([f"job/{number}/done/{rank}"])
@@ -172,8 +176,8 @@ def own_arithmetic(plan: Plan) -> dict[str, Any]:
     return identity(plan.config, plan.device) | {"machine": describe_device(plan.device)}
 
 
-def help_with(job: Job, rank: int, size: int) -> None:
-    """Answers a rank's share of a job's tasks into its own logs.
+def help_with(job: Job, rank: int, size: int) -> int:
+    """Answers a rank's share of a job's tasks into its own logs; returns the number of batches.
 
     Raises:
         ValueError: what would not be rank 0's model or arithmetic.
@@ -193,10 +197,14 @@ def help_with(job: Job, rank: int, size: int) -> None:
     answers = SharedAnswers(Path(job.answers), job.answers_key, rank, size)
     from dllmq.evaluation.harness import DiffusionLM
 
+    batches = 0
     for name, settings in config.answers().items():
-        lm = only_answers(DiffusionLM(model, tokenizer, settings, None, answers.of(name)))
+        own = answers.of(name)
+        lm = only_answers(DiffusionLM(model, tokenizer, settings, None, own))
         with suppress(Answered):
             score_task(lm, name, config.eval.limit, Path(job.work_dir), settings, config.data_dir)
+        batches += own.answered
+    return batches
 
 
 class FinishedBlocks(BlockStore):

@@ -42,7 +42,7 @@ class SharedAnswers(AnswerFolder):
     size: int = 1
     working: Callable[[int], bool] = _nobody
 
-    def of(self, task: str) -> AnswerLog:
+    def of(self, task: str) -> SharedLog:
         assert self.folder is not None, "answers that are shared are in files"
         file = self.folder / f"{task}.{self.rank}.jsonl"
         tails = {r: Tail(self.folder / f"{task}.{r}.jsonl", f"{self.key}/{task}") for r in range(self.size)}
@@ -53,8 +53,13 @@ class SharedAnswers(AnswerFolder):
 
 @dataclass
 class SharedLog(AnswerLog):
-    """An AnswerLog that answers only this process's share."""
+    """An AnswerLog that answers only this process's share.
 
+    Attributes:
+        answered: batches, here and now.
+    """
+
+    answered: int = 0
     shares: SharedAnswers = field(default_factory=SharedAnswers)
     tails: dict[int, Tail] = field(default_factory=dict)
     _turn: int = 0
@@ -76,6 +81,7 @@ class SharedLog(AnswerLog):
                 return Batch([_BLANKS[kind]] * len(problems))
             if name in self._given or self._wait(name, owner):
                 return self._given[name]
+        self.answered += self.find(name) is None
         return super().batch(kind, index, content, answer, problems)
 
     def _wait(self, name: str, owner: int) -> bool:

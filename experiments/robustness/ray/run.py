@@ -127,12 +127,18 @@ def outcome(
         finished=len(found),
         cells_of_node=dict(sorted(Counter(nodes).items())),
         killed_during=killed,
-        started_twice=sum(len(re.findall(", on [a-z]+, process", text)) > 1 for text in texts.values()),
+        started_twice=sum(starts(text) > 1 for text in texts.values()),
         lost_results=len(expected.keys() - found.keys()),
         wrong_results=sum(found[name] != expected[name] for name in found.keys() & expected.keys()),
         full_precision_measured=sum(text.count("full precision: measured once") for text in texts.values()),
         said=said,
     )
+
+
+def starts(text: str) -> int:
+    """How often a cell's work was begun, going by its log."""
+    attempts = re.split(", on [a-z]+, process", text)[1:]
+    return sum("finished already" not in attempt for attempt in attempts)
 
 
 def undisturbed(folder: Path) -> Outcome:
