@@ -1,0 +1,47 @@
+"""sbatch, srun, sacct, scontrol and scancel for one machine: an array's jobs run one after the other."""
+
+import os
+import sys
+from pathlib import Path
+
+SBATCH = r"""#!/bin/bash
+script="${@: -1}"
+job=$((1000 + $(ls "$FAKE_SLURM" | wc -l)))
+range=$(sed -n 's/^#SBATCH --array=\([0-9-]*\).*/\1/p' "$script")
+cpus=$(sed -n 's/^#SBATCH --cpus-per-task=//p' "$script")
+cp "$script" "$FAKE_SLURM/$job"
+(for task in $(seq "${range%-*}" "${range#*-}"); do
+  SLURM_JOB_ID=$job SLURM_ARRAY_JOB_ID=$job SLURM_ARRAY_TASK_ID=$task SLURM_NTASKS=1 SLURM_PROCID=0 \
+  SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_JOB_NUM_NODES=1 SLURM_NNODES=1 SLURM_JOB_NODELIST=node1 \
+  SLURM_CPUS_PER_TASK=$cpus bash "$script"
+done) </dev/null >"$FAKE_SLURM/$job.out" 2>&1 &
+echo "Submitted batch job $job"
+"""
+SRUN = r"""#!/bin/bash
+while [[ "$1" == -* ]]; do
+  [[ "$1" == --output || "$1" == --error ]] && shift
+  shift
+done
+exec "$@"
+"""
+SACCT = r"""#!/bin/bash
+echo "JobID|State|NodeList"
+while (($#)); do [[ "$1" == -j ]] && for i in 0 1 2 3; do echo "$2_$i|RUNNING|node1"; done; shift; done
+"""
+
+
+def install(folder: Path) -> dict[str, str]:
+    """Writes the programs to `folder`; the environment in which they are found."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "jobs").mkdir()
+    for name, text in {
+        "sbatch": SBATCH,
+        "srun": SRUN,
+        "sacct": SACCT,
+        "scontrol": SRUN,
+        "scancel": SRUN,
+    }.items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {"PATH": path, "FAKE_SLURM": str(folder / "jobs")}
