@@ -35,6 +35,7 @@ from dllmq.report.heartbeat import HEARTBEAT, LOG
 from dllmq.report.results import BASELINE, RESULTS, STATUS, read_json, read_status
 
 SILENT_AFTER = 90.0  # seconds; NFS may show a file's time of change a minute late
+_WIDE = 120  # columns, from which running cells are a table
 QUIET_AFTER = 30.0  # seconds without progress, after which the log's last line is shown
 DONE, RUNNING, FAILED, SILENT, INTERRUPTED, WAITING = (
     "done", "running", "failed", "no sign of life", "interrupted", "not started",
@@ -249,15 +250,16 @@ def _method(cell: CellState) -> str:
 # ------------------------------------------------------------------ showing
 
 
-def show(sweep: SweepState) -> RenderableType:
-    """What a terminal gets; nothing of a cell is read as markup."""
+def show(sweep: SweepState, width: int) -> RenderableType:
+    """What a terminal of so many columns gets; nothing of a cell is read as markup."""
     counts = ", ".join(f"{n} {state}" for state, n in sweep.counts.items())
     parts: list[RenderableType] = [
         Text(sweep.folder, style="bold", overflow="fold"),
         Text(f"{len(sweep.cells)} cells: {counts}"),
     ]
     if running := sweep.of(RUNNING):
-        parts += ["", running_table(running), *_quiet(running)]
+        rows = [running_table(running)] if width >= _WIDE else _running_lines(running)
+        parts += ["", *rows, *_quiet(running)]
     for state in (SILENT, INTERRUPTED):
         parts += [row for cell in sweep.of(state) for row in _stopped(cell)]
     for cell in sweep.of(FAILED):
@@ -283,6 +285,15 @@ def running_table(cells: Sequence[CellState]) -> Table:
             f"{span(cell.age_s)} ago", Text(f"{cell.host} {cell.pid}"),
         )  # fmt: skip
     return table
+
+
+def _running_lines(cells: Sequence[CellState]) -> Iterator[RenderableType]:
+    """The same for a narrow terminal."""
+    for cell in cells:
+        done = f", {cell.done} of {cell.total}, {span(cell.left_s)} left" if cell.total else ""
+        yield Text(f"running for {span(cell.seconds)}: {cell.label}")
+        yield _indented(f"{cell.stage}{done}")
+        yield _indented(f"on {cell.host}, process {cell.pid}, last sign {span(cell.age_s)} ago")
 
 
 def _quiet(cells: Sequence[CellState]) -> Iterator[RenderableType]:
@@ -340,7 +351,7 @@ def watch(folder: Path, every: float, console: Console) -> None:
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         while True:
             sweep = read_sweep(folder)
-            live.update(show(sweep), refresh=True)
+            live.update(show(sweep, console.width), refresh=True)
             if sweep.counts.get(DONE, 0) == len(sweep.cells):
                 return
             time.sleep(every)
@@ -363,9 +374,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             print(json.dumps(asdict(read_sweep(args.folder)), indent=2))
         elif args.watch is not None:
-            watch(args.folder, max(0.5, args.watch), Console())
+            watch(args.folder, max(0.5, args.watch), Console(highlight=False))
         else:
-            Console(highlight=False).print(show(read_sweep(args.folder)))
+            console = Console(highlight=False)
+            console.print(show(read_sweep(args.folder), console.width))
     except ValueError as error:
         print(f"dllmq.status: {error}", file=sys.stderr)
         return 2

@@ -61,7 +61,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def said(folder: Path, width: int = 100) -> str:
     console = Console(width=width, force_terminal=False)
     with console.capture() as capture:
-        console.print(show(read_sweep(folder)))
+        console.print(show(read_sweep(folder), width))
     return capture.get()
 
 
@@ -100,7 +100,10 @@ def test_nothing_is_guessed_before_a_cell_is_done(sweep: Path) -> None:
 def test_the_page_says_what_a_person_asks(sweep: Path) -> None:
     text = said(sweep)
     assert "6 cells: 2 done, 1 running, 1 failed, 1 no sign of life, 1 not started" in text
-    assert "25 %" in text and "90 s" in text and "node-7 4711" in text
+    assert "running for 40 s: method=rtn seed=1\n  mini_gsm: denoising steps, 30 of 120, 90 s left" in text
+    assert "on node-7, process 4711, last sign" in text
+    wide = said(sweep, 140)
+    assert "25 %" in wide and "90 s" in wide and "node-7 4711" in wide
     assert "failed: method=gptq seed=1\n  blocks.0.down: not" in text
     assert f"log: outputs/ablation/method=gptq,seed=1/{LOG}" in text
     assert "definite" not in text  # the first line is enough

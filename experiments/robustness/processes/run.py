@@ -75,12 +75,6 @@ def samples(folder: Path) -> dict[str, list[str]]:
     return {str(f.relative_to(sweep)): f.read_text().splitlines() for f in files}
 
 
-def batches(folder: Path) -> int:
-    """Whole batches in the answer logs of a run that is not finished."""
-    files = (folder / "outputs" / "run").rglob("answers/*.jsonl")
-    return sum(max(0, len(file.read_bytes().splitlines()) - 1) for file in files)
-
-
 def outcome(scenario: str, processes: int, folder: Path, alone: Path) -> Outcome:
     own, other = samples(folder), samples(alone)
     pairs = [pair for name in other for pair in zip(other[name], own[name], strict=True)]
