@@ -234,6 +234,9 @@ def main() -> None:
     own = os.environ.get("HYDRA_FULL_ERROR")
     try:
         hydra.main(version_base="1.3", config_path="pkg://dllmq.conf", config_name="config")(guarded)()
+    except KeyboardInterrupt as stop:  # while a launcher waits for its workers
+        complain(interrupt.farewell(stop, _given))
+        sys.exit(interrupt.exit_code(stop))
     except Exception as error:  # only of a launcher: see SweepCallback
         if own:
             raise

@@ -291,24 +291,49 @@ def test_a_failed_cell_is_told_and_the_others_finish(tmp_path: Path) -> None:
     assert read_sweep(tmp_path / "outputs" / "s").counts == {"done": 1, "failed": 1}
 
 
+def until_a_cell_runs_and_one_is_done(folder: Path, *words: str) -> subprocess.Popen[str]:
+    """The command, in a process group of its own, when that is so."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dllmq.run", "-m", *words],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    sweep = folder / "outputs" / "s"
+    while process.poll() is None:
+        if list(sweep.glob(f"*/{RESULTS}")) and read_sweep(sweep).of("running"):
+            return process
+        time.sleep(0.02)
+    raise AssertionError(f"it ended before it could be disturbed: {process.communicate()}")
+
+
 @pytest.mark.slow
 def test_a_killed_worker_is_one_sentence_and_the_same_command_continues(alone: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "dllmq.run", "-m", "hydra/launcher=dllmq_joblib", *AXES, *SIZES]
-    sweep = tmp_path / "outputs" / "s"
-    with subprocess.Popen(
-        words, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        while process.poll() is None and not list(sweep.glob(f"*/{RESULTS}")):
-            time.sleep(0.02)
-        running = [cell.pid for cell in read_sweep(sweep).of("running") if cell.pid]
-        assert running
-        os.kill(running[0], signal.SIGKILL)
+    words = ("hydra/launcher=dllmq_joblib", *AXES, *SIZES)
+    with until_a_cell_runs_and_one_is_done(tmp_path, *words) as process:
+        pid = read_sweep(tmp_path / "outputs" / "s").of("running")[0].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
         _, said = process.communicate()
     assert process.returncode == 1 and "Traceback" not in said
     (sentence,) = [line for line in said.splitlines() if line.startswith("the launcher stopped")]
     assert "Terminated" in sentence and "the same command continues" in sentence
-    done = launch(tmp_path, *words[4:])
-    assert done.returncode == 0 and numbers(tmp_path) == numbers(alone)
+    assert launch(tmp_path, *words).returncode == 0 and numbers(tmp_path) == numbers(alone)
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_says_how_to_continue(alone: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches the command and its workers."""
+    words = ("hydra/launcher=dllmq_joblib", *AXES, *SIZES)
+    with until_a_cell_runs_and_one_is_done(tmp_path, *words) as process:
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in said
+    assert "Continue with: python -m dllmq.run -m hydra/launcher=dllmq_joblib" in said
+    assert launch(tmp_path, *words).returncode == 0 and numbers(tmp_path) == numbers(alone)
 
 
 @pytest.mark.slow
