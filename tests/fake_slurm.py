@@ -6,16 +6,18 @@ from pathlib import Path
 
 SBATCH = r"""#!/bin/bash
 script="${@: -1}"
-job=$((1000 + $(ls "$FAKE_SLURM" | wc -l)))
+export SLURM_JOB_ID=$((1000 + $(ls "$FAKE_SLURM" | wc -l))) SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0
+export SLURM_NODEID=0 SLURM_JOB_NUM_NODES=1 SLURM_NNODES=1 SLURM_JOB_NODELIST=node1
+export SLURM_CPUS_PER_TASK=$(sed -n 's/^#SBATCH --cpus-per-task=//p' "$script")
 range=$(sed -n 's/^#SBATCH --array=\([0-9-]*\).*/\1/p' "$script")
-cpus=$(sed -n 's/^#SBATCH --cpus-per-task=//p' "$script")
-cp "$script" "$FAKE_SLURM/$job"
-(for task in $(seq "${range%-*}" "${range#*-}"); do
-  SLURM_JOB_ID=$job SLURM_ARRAY_JOB_ID=$job SLURM_ARRAY_TASK_ID=$task SLURM_NTASKS=1 SLURM_PROCID=0 \
-  SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_JOB_NUM_NODES=1 SLURM_NNODES=1 SLURM_JOB_NODELIST=node1 \
-  SLURM_CPUS_PER_TASK=$cpus bash "$script"
-done) </dev/null >"$FAKE_SLURM/$job.out" 2>&1 &
-echo "Submitted batch job $job"
+copy=$FAKE_SLURM/$SLURM_JOB_ID
+cp "$script" "$copy"
+(if [ -z "$range" ]; then bash "$copy"; else
+  for task in $(seq "${range%-*}" "${range#*-}"); do
+    SLURM_ARRAY_JOB_ID=$SLURM_JOB_ID SLURM_ARRAY_TASK_ID=$task bash "$copy"
+  done
+fi) </dev/null >"$copy.out" 2>&1 &
+echo "Submitted batch job $SLURM_JOB_ID"
 """
 SRUN = r"""#!/bin/bash
 while [[ "$1" == -* ]]; do

@@ -235,6 +235,19 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+def test_a_slurm_job_computes_with_as_many_threads_as_it_has_cpus(tmp_path: Path) -> None:
+    more = fake_slurm.install(tmp_path / "slurm")
+    done = launch(
+        tmp_path, "hydra/launcher=dllmq_slurm", "hydra.launcher.cpus_per_task=3", "method=rtn", *SIZES, **more
+    )
+    assert done.returncode == 0, done.stderr
+    (script,) = (tmp_path / "slurm" / "jobs").glob("1000")
+    text = script.read_text()
+    assert "#SBATCH --cpus-per-task=3" in text
+    assert text.index("export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK") < text.index("\nsrun ")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["dllmq_joblib", "dllmq_local", "dllmq_slurm"])
 def test_a_launched_sweep_gives_the_numbers_of_the_same_sweep_alone(
     alone: Path, tmp_path: Path, preset: str
