@@ -1,7 +1,7 @@
 """One evaluation, several processes: each answers its own batches, the first one puts them together.
 
-Batches are a function of the requests alone, so every process has the same ones in the same order; the n-th
-of a task is answered by process n mod R. Each appends to its own log (answers.py), and the first, rank 0,
+Batches are a function of the requests alone, so every process has the same ones; number n of a task is
+answered by process n mod R. Each appends to its own log (answers.py), and the first, rank 0,
 reads the others' as it comes to their batches: it waits while they are at work, and answers itself what they
 leave out. So the answers are those of one process, and all that a lost process costs is time.
 
@@ -62,7 +62,6 @@ class SharedLog(AnswerLog):
     answered: int = 0
     shares: SharedAnswers = field(default_factory=SharedAnswers)
     tails: dict[int, Tail] = field(default_factory=dict)
-    _turn: int = 0
     _given: dict[str, Batch] = field(default_factory=dict)  # by the others; `_known` is of an earlier run
 
     def batch(
@@ -73,9 +72,11 @@ class SharedLog(AnswerLog):
         answer: Callable[[], Batch],
         problems: Sequence[Any] = (),
     ) -> Batch:
-        owner, own = self._turn % self.shares.size, self.shares.rank
-        self._turn += 1
-        name = batch_name(kind, index, content)
+        name, own = batch_name(kind, index, content), self.shares.rank
+        place = (
+            int(name[:8], 16) if kind == "greedy" else index
+        )  # of those each one is its own batch, number 0
+        owner = place % self.shares.size
         if owner != own and self.find(name) is None:
             if own != 0:
                 return Batch([_BLANKS[kind]] * len(problems))

@@ -65,7 +65,9 @@ class SweepCallback(Callback):
         if launcher != "basic":
             os.environ["HYDRA_FULL_ERROR"] = "1"  # run.main tells a launcher's failure in one sentence
             folder = config.hydra.sweep.dir
-            log.info("cells: %d, by %s; python -m dllmq.status %s", len(planned), launcher, shlex.quote(folder))
+            log.info(
+                "cells: %d, by %s; python -m dllmq.status %s", len(planned), launcher, shlex.quote(folder)
+            )
 
     def _checked(self, cell: Callable[[], DictConfig]) -> dict[str, Any]:
         """A cell as sweep.json has it, after its check."""
