@@ -38,7 +38,7 @@ ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import datasets  # noqa: E402, F401
-import lm_eval.evaluator  # noqa: E402, F401
+import lm_eval.evaluator  # noqa: E402
 import lm_eval.tasks  # noqa: E402, F401
 import torch  # noqa: E402
 import transformers  # noqa: E402, F401
@@ -48,18 +48,20 @@ from safetensors.torch import save_file  # noqa: E402
 import dllmq.cache  # noqa: E402
 import dllmq.cell  # noqa: E402
 import dllmq.checkpoint.writer  # noqa: E402
-import dllmq.report.build  # noqa: E402, F401
+import dllmq.report.build  # noqa: E402
 import dllmq.report.progress  # noqa: E402
 import dllmq.run  # noqa: E402
-from dllmq.config import EMBEDDED  # noqa: E402
+from dllmq.config import EMBEDDED, code_digest  # noqa: E402
 from dllmq.models.llada import LLaDA, LLaDAConfig  # noqa: E402
+from dllmq.models.stored import RECORD  # noqa: E402
 
 torch.set_num_threads(1)
+code_digest()  # kept from here on: an edit of the source is no fault that is meant
 SIZES = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 48}
 WORDS = [
     "-m", "method=gptq,awq", "tmas=true", "cgq=true", "iaaq=true", "tracker=none", "name=sweep", "bits=w4a4",
-    "model.path=model", "model.dtype=float32", "export=compressed_tensors", "eval.limit=4", "eval.batch_size=2",
-    "eval.mc_num=4", "eval.mc_batch_size=4", "eval.fidelity_states=8", "eval.fidelity_prompts=4",
+    "model.path=model", "model.dtype=float32", "export=compressed_tensors", "eval.limit=4",
+    "eval.batch_size=2", "eval.mc_num=4", "eval.mc_batch_size=4", "eval.fidelity_states=8", "eval.fidelity_prompts=4",
     "calibration.num_prompts=4", "calibration.num_states=8", "calibration.batch_size=2",
     "sampler.gen_length=8", "sampler.steps=4", "sampler.block_length=8",
 ]  # fmt: skip
@@ -179,7 +181,9 @@ def start(folder: Path, fault: tuple[Event, str] | None = None) -> tuple[int, in
         signal.set_wakeup_fd(-1)
         log = os.open(folder / "log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         os.dup2(log, 1), os.dup2(log, 2)
-        sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(fd, "wb", 0), write_through=True) for fd in (1, 2))
+        sys.stdout, sys.stderr = (
+            io.TextIOWrapper(os.fdopen(fd, "wb", 0), write_through=True) for fd in (1, 2)
+        )
         os.chdir(folder)
         Watch(writing, fault).install()
         sys.argv = ["run.py", *WORDS]
@@ -259,7 +263,9 @@ def strike(pid: int, kind: str) -> None:
 
 def damage(folder: Path, rng: random.Random) -> None:
     """Flips a bit of a stored file, or cuts it short: a cache entry, a block, answers, a record."""
-    stored = [f for f in sorted(folder.glob("outputs/**/*")) if f.is_file() and f.stat().st_size and watched(f)]
+    stored = [
+        f for f in sorted(folder.glob("outputs/**/*")) if f.is_file() and f.stat().st_size and watched(f)
+    ]
     if not stored:
         return
     file = rng.choice(stored)
@@ -296,8 +302,18 @@ def outcome(folder: Path) -> dict[str, Any]:
         found[file.relative_to(sweep).as_posix()] = kept
     for pattern in ("**/samples_*.jsonl", "*/model/*"):
         for file in sorted(sweep.glob(pattern)):
-            found[file.relative_to(sweep).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
+            found[file.relative_to(sweep).as_posix()] = digest(file)
     return found
+
+
+def digest(file: Path) -> str:
+    """sha256; of an export's record without the state of the repository, which may change meanwhile."""
+    raw = file.read_bytes()
+    if file.name == RECORD:
+        record = json.loads(raw)
+        record["run"].pop("git", None)
+        raw = json.dumps(record).encode()
+    return hashlib.sha256(raw).hexdigest()
 
 
 def judge(folder: Path, reference: dict[str, Any]) -> str:
@@ -396,7 +412,10 @@ def main() -> None:
         where = Path(name)
         model = make_model(where / "checkpoint")
         seen, reference = undisturbed(where / "undisturbed", model)
-        print(f"undisturbed: {len(seen)} events, {len(reference)} files, {time.perf_counter() - began:.0f} s", flush=True)
+        print(
+            f"undisturbed: {len(seen)} events, {len(reference)} files, {time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
         for kind, count in wanted.items():
             done = 0
             while done < count and len(faults) < arguments.faults:
@@ -407,7 +426,10 @@ def main() -> None:
                 done += len(found)
                 faults += found
                 verdicts = Counter(fault.outcome for fault in found)
-                print(f"{kind}: {done} of {count}, {dict(verdicts)}, {time.perf_counter() - began:.0f} s", flush=True)
+                print(
+                    f"{kind}: {done} of {count}, {dict(verdicts)}, {time.perf_counter() - began:.0f} s",
+                    flush=True,
+                )
                 bad = any(fault.outcome != "recovered" for fault in found)
                 if bad and arguments.keep is not None:
                     shutil.copytree(folder, arguments.keep / folder.name, symlinks=True)
@@ -433,7 +455,10 @@ def table(faults: list[Fault]) -> str:
     """By kind, and by stage."""
     lines = []
     for head, of in (("fault", lambda f: f.kind), ("stage at that moment", lambda f: f.event[1])):
-        lines += [f"| {head} | injected | recovered | lost results | wrong results |", "|---|---:|---:|---:|---:|"]
+        lines += [
+            f"| {head} | injected | recovered | lost results | wrong results |",
+            "|---|---:|---:|---:|---:|",
+        ]
         for name in [*dict.fromkeys(map(of, faults)), None]:
             own = [f for f in faults if name is None or of(f) == name]
             counts = [sum(f.outcome.startswith(word) for f in own) for word in ("recovered", "lost", "wrong")]
