@@ -32,7 +32,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "MPLBACKEND": "Agg"}
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "MPLBACKEND": "Agg",
+}
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -54,16 +60,18 @@ import dllmq.run  # noqa: E402
 from dllmq.config import EMBEDDED, code_digest  # noqa: E402
 from dllmq.models.llada import LLaDA, LLaDAConfig  # noqa: E402
 from dllmq.models.stored import RECORD  # noqa: E402
+from dllmq.models.tokenizer import load_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
+load_tokenizer(EMBEDDED)  # imports what it needs
 code_digest()  # kept from here on: an edit of the source is no fault that is meant
 SIZES = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 48}
 WORDS = [
     "-m", "method=gptq,awq", "tmas=true", "cgq=true", "iaaq=true", "tracker=none", "name=sweep", "bits=w4a4",
     "model.path=model", "model.dtype=float32", "export=compressed_tensors", "eval.limit=4",
-    "eval.batch_size=2", "eval.mc_num=4", "eval.mc_batch_size=4", "eval.fidelity_states=8", "eval.fidelity_prompts=4",
-    "calibration.num_prompts=4", "calibration.num_states=8", "calibration.batch_size=2",
-    "sampler.gen_length=8", "sampler.steps=4", "sampler.block_length=8",
+    "eval.batch_size=2", "eval.mc_num=4", "eval.mc_batch_size=4", "eval.fidelity_states=8",
+    "eval.fidelity_prompts=4", "calibration.num_prompts=4", "calibration.num_states=8",
+    "calibration.batch_size=2", "sampler.gen_length=8", "sampler.steps=4", "sampler.block_length=8",
 ]  # fmt: skip
 KINDS = {
     "SIGKILL": 70,
@@ -416,39 +424,41 @@ def main() -> None:
             f"undisturbed: {len(seen)} events, {len(reference)} files, {time.perf_counter() - began:.0f} s",
             flush=True,
         )
-        for kind, count in wanted.items():
-            done = 0
-            while done < count and len(faults) < arguments.faults:
-                folder = where / f"{len(faults)}-{done}"
+        left = dict(wanted)
+        while any(left.values()):
+            for kind in [kind for kind, count in left.items() if count]:
+                folder = where / str(len(faults))
                 prepare(folder, model)
-                few = min(IN_A_SWEEP, count - done, arguments.faults - len(faults))
+                few = min(IN_A_SWEEP, left[kind])
                 found = one_sweep(folder, kind, few, seen, reference, rng)
-                done += len(found)
+                left[kind] -= len(found)
                 faults += found
-                verdicts = Counter(fault.outcome for fault in found)
-                print(
-                    f"{kind}: {done} of {count}, {dict(verdicts)}, {time.perf_counter() - began:.0f} s",
-                    flush=True,
-                )
-                bad = any(fault.outcome != "recovered" for fault in found)
-                if bad and arguments.keep is not None:
+                verdicts = dict(Counter(fault.outcome for fault in found))
+                print(f"{kind}: {verdicts}, {len(faults)} in {time.perf_counter() - began:.0f} s", flush=True)
+                if arguments.keep is not None and verdicts.keys() - {"recovered"}:
                     shutil.copytree(folder, arguments.keep / folder.name, symlinks=True)
                 shutil.rmtree(folder)
+                if whole:
+                    write(faults, seen, reference, arguments.seed)
+    print(table(faults))
+    if any(fault.outcome != "recovered" for fault in faults):
+        sys.exit(1)
+
+
+def write(faults: list[Fault], seen: list[Event], reference: dict[str, Any], seed: int) -> None:
+    """After each sweep, so that what has been seen by then is there."""
+    order = sorted(faults, key=lambda fault: list(KINDS).index(fault.kind))
     results = {
         "command": "python experiments/robustness/run.py",
-        "seed": arguments.seed,
+        "seed": seed,
         "sweep": ["python", "-m", "dllmq.run", *WORDS],
         "events": len(seen),
         "files_compared": len(reference),
         "torch": torch.__version__,
-        "faults": [vars(fault) for fault in faults],
+        "faults": [vars(fault) for fault in order],
     }
-    if whole:
-        (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        (HERE / "table.md").write_text(table(faults))
-    print(table(faults))
-    if any(fault.outcome != "recovered" for fault in faults):
-        sys.exit(1)
+    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (HERE / "table.md").write_text(table(order))
 
 
 def table(faults: list[Fault]) -> str:

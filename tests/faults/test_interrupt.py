@@ -23,10 +23,8 @@ def test_the_unit_at_hand_is_finished(
             check()
     assert done == [0, 1, 2] and interrupt.exit_code(stop.value) == code
     assert f"{number.name}: the block or batch at hand is finished first" in capfd.readouterr().err
-    said = interrupt.farewell(stop.value, "python -m dllmq.run")
-    assert (
-        said == f"stopped by {number.name}; what is finished is kept, and this continues: python -m dllmq.run"
-    )
+    said = interrupt.farewell(stop.value, "the command")
+    assert said == f"stopped by {number.name}; what is finished is kept, and this continues: the command"
 
 
 def test_a_second_signal_stops_at_once() -> None:
