@@ -276,7 +276,8 @@ class DiffusionLM(LM):
         order = sorted(range(len(pairs)), key=lambda i: (-sum(map(len, pairs[i])), pairs[i], i))
         tensors = [(_ids(pairs[i][0]), _ids(pairs[i][1])) for i in order]
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for i, ids, value in zip(order, tensors, self._bounds(tensors), strict=True):
+        bounds = self._bounds(tensors, [_problem(requests[i]) for i in order])
+        for i, ids, value in zip(order, tensors, bounds, strict=True):
             results[i] = (value, self.settings.greedy_check and self._is_greedy(*ids, requests[i]))
             self.cache_hook.add_partial("loglikelihood", requests[i].args, results[i])
         self.counters.requests += len(requests)
@@ -293,12 +294,12 @@ class DiffusionLM(LM):
         found = self._kept("greedy", 0, content, compare, [_problem(request)])
         return bool(found[0])
 
-    def _bounds(self, pairs: list[tuple[Tensor, Tensor]]) -> list[float]:
+    def _bounds(self, pairs: list[tuple[Tensor, Tensor]], problems: list[str]) -> list[float]:
         s = self.settings
         all_of_them = digest([[prompt.tolist(), answer.tolist()] for prompt, answer in pairs])
 
         def keep(index: int, requests: list[int], compute: Callable[[], list[float]]) -> list[float]:
-            return self._kept("loglikelihood", index, all_of_them, compute, [str(r) for r in requests])
+            return self._kept("loglikelihood", index, all_of_them, compute, [problems[r] for r in requests])
 
         return log_likelihoods(
             self.model,

@@ -174,6 +174,8 @@ def build_task_configs(names: Sequence[str], n: int | None, data_dir: Path) -> l
 def _write_problems(name: str, n: int, data_dir: Path) -> Path:
     path = data_dir / f"{name}-test-{n}.jsonl"
     own = write_jsonl(problems(name, "test", n), data_dir / f".{path.name}.{os.getpid()}")
+    with own.open("rb+") as file:
+        os.fsync(file.fileno())
     if path.exists() and path.read_bytes() == own.read_bytes():
         own.unlink()  # an unchanged file keeps the cache of `datasets` valid
     else:
@@ -280,7 +282,7 @@ def score_task(
         else:
             configs = build_task_configs([name], n, work_dir)
         start = time.perf_counter()  # after the import, which the first task would be charged with
-        with _hub_in_words(name, settings, data_dir):
+        with _scoring_in_words(name), _hub_in_words(name, settings, data_dir):
             output = lm_eval.simple_evaluate(
                 model=lm,
                 tasks=configs,
@@ -318,6 +320,37 @@ def _hub_in_words(name: str, settings: EvalSettings, data_dir: Path | None) -> I
             f"{task_data.layout(own, settings.num_fewshot)}; set tasks.data_dir to that <data_dir>, because "
             f"the hub did not give the data set: {first}."
         ) from error
+
+
+@contextmanager
+def _scoring_in_words(name: str) -> Iterator[None]:
+    """What a task's own code raises about one problem, as one sentence that names it.
+
+    The problem is not counted as wrong: nobody could tell a model that fails from a scorer that does.
+    """
+    try:
+        yield
+    except Exception as error:
+        problem = _scored_problem(error)
+        if problem is None:
+            raise
+        first = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{name}: problem {problem} cannot be scored ({type(error).__name__}: {first}); mend the task's code "
+            "or data, or leave the task out. The answers are kept: the same command scores them again."
+        ) from error
+
+
+def _scored_problem(error: BaseException) -> int | None:
+    """The number of the problem at which lm-eval called a task's `process_results` that raised."""
+    trace, problem = error.__traceback__, None
+    while trace is not None:
+        frame = trace.tb_frame
+        if frame.f_code.co_name == "process_results":
+            return problem
+        problem = frame.f_locals.get("doc_id", problem)
+        trace = trace.tb_next
+    return None
 
 
 def _from_hub(error: BaseException) -> bool:
