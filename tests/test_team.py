@@ -1,7 +1,6 @@
 """Processes of torchrun: who helps, what is refused, and that two give one's answers byte for byte."""
 
 import json
-import os
 import runpy
 from dataclasses import replace
 from datetime import timedelta
@@ -137,4 +136,3 @@ def test_the_committed_study_found_no_difference() -> None:
     assert all(o["problems"] >= 200 and not o["different_numbers"] for o in outcomes)
     study = runpy.run_path(str(STUDY / "run.py"))
     assert (STUDY / "table.md").read_text() == study["table"]([study["Outcome"](**o) for o in outcomes])
-    assert os.path.exists(STUDY.parent / "ray" / "results.json")
