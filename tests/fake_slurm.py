@@ -1,4 +1,4 @@
-"""sbatch, srun, sacct, scontrol and scancel for one machine: an array's jobs run one after the other."""
+"""sbatch, srun, sacct and scontrol requeue for one machine: an array's jobs run one after the other."""
 
 import os
 import sys
@@ -26,6 +26,11 @@ while [[ "$1" == -* ]]; do
 done
 exec "$@"
 """
+SCONTROL = r"""#!/bin/bash
+[[ "$1" == requeue ]] || exit 0
+echo "$2" >>"$FAKE_SLURM/requeued"
+(sleep 1; bash "$FAKE_SLURM/$SLURM_JOB_ID") </dev/null >>"$FAKE_SLURM/$SLURM_JOB_ID.out" 2>&1 &
+"""
 SACCT = r"""#!/bin/bash
 echo "JobID|State|NodeList"
 while (($#)); do [[ "$1" == -j ]] && for i in 0 1 2 3; do echo "$2_$i|RUNNING|node1"; done; shift; done
@@ -36,13 +41,8 @@ def install(folder: Path) -> dict[str, str]:
     """Writes the programs to `folder`; the environment in which they are found."""
     (folder / "bin").mkdir(parents=True)
     (folder / "jobs").mkdir()
-    for name, text in {
-        "sbatch": SBATCH,
-        "srun": SRUN,
-        "sacct": SACCT,
-        "scontrol": SRUN,
-        "scancel": SRUN,
-    }.items():
+    programs = {"sbatch": SBATCH, "srun": SRUN, "sacct": SACCT, "scontrol": SCONTROL}
+    for name, text in programs.items():
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
     path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])

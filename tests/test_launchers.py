@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import fake_slurm
@@ -248,6 +249,27 @@ def test_a_slurm_job_computes_with_as_many_threads_as_it_has_cpus(tmp_path: Path
 
 
 @pytest.mark.slow
+def test_a_slurm_job_that_is_told_its_time_is_over_is_queued_again_and_continues(tmp_path: Path) -> None:
+    """SLURM's signal comes while the cell runs; the second job ends it, and the command with it."""
+    slurm = fake_slurm.install(tmp_path / "slurm")
+    words = ("hydra/launcher=dllmq_slurm", "method=rtn", *SIZES, "eval.limit=40", "eval.batch_size=1")
+    sweep, requeued = tmp_path / "outputs" / "s", tmp_path / "slurm" / "jobs" / "requeued"
+    with subprocess.Popen(
+        [sys.executable, "-m", "dllmq.run", "-m", *words], cwd=tmp_path, env=environment(**slurm)
+    ) as process:
+        while process.poll() is None:
+            for cell in read_sweep(sweep).of("running") if sweep.is_dir() and not requeued.exists() else []:
+                if cell.pid and "denoising" in cell.stage:
+                    with suppress(ProcessLookupError):
+                        os.kill(cell.pid, signal.SIGUSR2)
+            time.sleep(0.5)
+    assert process.returncode == 0 and len(numbers(tmp_path)) == 1
+    assert requeued.read_text() == "1000\n"
+    (log,) = (tmp_path / "outputs" / "s").glob("*/run.log")
+    assert log.read_text().count(", process ") == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["dllmq_joblib", "dllmq_local", "dllmq_slurm"])
 def test_a_launched_sweep_gives_the_numbers_of_the_same_sweep_alone(
     alone: Path, tmp_path: Path, preset: str
@@ -345,7 +367,7 @@ def test_an_interrupted_sweep_says_how_to_continue(alone: Path, tmp_path: Path) 
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate()
     assert process.returncode == 130 and "Traceback" not in said
-    assert "Continue with: python -m dllmq.run -m hydra/launcher=dllmq_joblib" in said
+    assert "this continues: python -m dllmq.run -m hydra/launcher=dllmq_joblib" in said
     assert launch(tmp_path, *words).returncode == 0 and numbers(tmp_path) == numbers(alone)
 
 
