@@ -40,7 +40,9 @@ def run(cfg: DictConfig) -> None:
     sweeping = hydra_config.mode == RunMode.MULTIRUN
     folder = Path(hydra_config.runtime.output_dir)
     name = cell_name(hydra_config.job.override_dirname)
-    launcher = launcher_of(hydra_config)
+    launcher = launcher_of(hydra_config) if sweeping else "basic"
+    if not sweeping and launcher_of(hydra_config) != "basic":
+        log.warning("no effect: hydra/launcher, without -m this is a single run")
     if launcher != "basic":
         start_logging(f"[{hydra_config.job.num}] ")
         enter(hydra_config.runtime.cwd)

@@ -2,8 +2,8 @@
 
 python experiments/robustness/ray/run.py       # writes results.json and table.md beside itself
 
-Needs dllmq[ray]. Each node has one CPU, so that it runs one cell at a time. All of a killed node's processes
-get SIGKILL while a cell of it calibrates or evaluates.
+Needs dllmq[ray]. Each node has one CPU, so that it runs one cell at a time. A killed node's Ray processes get
+SIGKILL while a cell of it calibrates or evaluates; the cell ends with them.
 """
 
 from __future__ import annotations
