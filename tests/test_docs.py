@@ -77,6 +77,7 @@ def as_run_here(command: str, folder: Path) -> list[str]:
 def test_the_commands_of_a_tutorial_run_in_their_order(doc: Path, tmp_path: Path) -> None:
     prepare(tmp_path)
     environment = os.environ | fake_slurm.install(tmp_path / "slurm") | {"PYTHONPATH": str(ROOT)}
+    environment |= {"RAY_worker_niceness": "0"}  # 15 otherwise: beside other tests it hardly runs
     for source in blocks(doc, "python"):
         (tmp_path / "shrunk.py").write_text(source, encoding="utf-8")
     for command in commands(doc):
