@@ -26,9 +26,9 @@ from dllmq.report.results import RESULTS, load_record, to_plain
 NUMBERS = ("scores", "fidelity", "curves", "per_problem", "fidelity_per_prompt", "calibration", "fingerprint")
 SMALL = (
     "tracker=none", "method=gptq", "tmas=true", "iaaq=true", "bits=w4a4", "tasks.names=[mini_gsm]",
-    "eval.limit=4", "eval.batch_size=2", "eval.fidelity_states=4", "eval.fidelity_prompts=4", "calibration.num_prompts=4",
-    "calibration.num_states=4", "calibration.batch_size=2", "sampler.gen_length=8", "sampler.steps=4",
-    "sampler.block_length=8",
+    "eval.limit=4", "eval.batch_size=2", "eval.fidelity_states=4", "eval.fidelity_prompts=4",
+    "calibration.num_prompts=4", "calibration.num_states=4", "calibration.batch_size=2",
+    "sampler.gen_length=8", "sampler.steps=4", "sampler.block_length=8",
 )  # fmt: skip
 Tell = Callable[[int, int, str], None]
 
