@@ -23,6 +23,7 @@ from dllmq.config import Plan, cell_name, check_cell, load, sweep_folder
 from dllmq.diffusion import SamplerConfig
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.task_settings import DEFAULT
+from dllmq.faults import check_writable
 from dllmq.report.callback import complain, finish_sweep
 
 console = Console()
@@ -159,6 +160,23 @@ def arguments(argv: list[str]) -> list[str]:
     return [*argv, f"{key}='{value}'"]
 
 
+def check_folder(argv: list[str]) -> None:
+    """Ends the program where the run's folder cannot be written; Hydra would, with a traceback.
+
+    Args:
+        argv: as `arguments` made them.
+    """
+    keys = ("hydra.sweep.dir=", "hydra.run.dir=")
+    named = [a.partition("=")[2].strip("'") for a in argv if a.startswith(keys)]
+    if not named or "${" in named[-1] or "dry_run=true" in map(str.lower, argv):
+        return
+    try:
+        check_writable(Path(named[-1]))
+    except ValueError as error:
+        complain(str(error))
+        sys.exit(1)
+
+
 def start_logging() -> None:
     """One line a stage with its time; above the progress bar on a terminal, unwrapped in a pipe or file."""
     handler: logging.Handler = logging.StreamHandler()
@@ -187,6 +205,7 @@ def main() -> None:
     global _given
     _given = shlex.join(["python", "-m", "dllmq.run", *sys.argv[1:]])
     sys.argv = [sys.argv[0], *arguments(sys.argv[1:])]
+    check_folder(sys.argv[1:])
     hydra.main(version_base="1.3", config_path="pkg://dllmq.conf", config_name="config")(guarded)()
 
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
     "interrupt",
+    "faults",
     "locks",
     "cache",
     "numerics",
@@ -32,7 +33,6 @@ LAYERS = [
     "config",
     "full_precision",
     "resume",
-    "faults",
     "machine",
     "cell",
 ]
