@@ -187,7 +187,7 @@ class _Entry:
         self.clean()
 
     def clean(self) -> None:
-        """Removes what was kept for an entry that is there now: after it was written, or after a kill then."""
+        """Removes what was kept for an entry that is there by now; a kill may have come in between."""
         if self.unfinished.is_dir():
             shutil.rmtree(self.unfinished, ignore_errors=True)
 

@@ -90,9 +90,9 @@ def block_tensors(block: Block, topology: Topology, about: dict[str, Any]) -> di
     for name, linear in quantized.items():
         q = PackedTensor.of(linear.quantized)
         linears[name] = {"shape": list(linear.shape), "grid": asdict(q.grid)}
-        parts = (("packed", q.packed), ("scale", q.scale), ("zero", q.zero))
-        parts += (("group_index", q.group_index), ("bias", linear.bias))
-        tensors |= {f"{name}.{part}": x for part, x in parts if x is not None}
+        tensors |= {f"{name}.packed": q.packed, f"{name}.scale": q.scale, f"{name}.zero": q.zero}
+        extra = {"group_index": q.group_index, "bias": linear.bias}
+        tensors |= {f"{name}.{part}": x for part, x in extra.items() if x is not None}
     tensors |= {_OWN + name: p.data for name, p in _own_parameters(block, quantized)}
     product: Any = block.product
     has_product = isinstance(product, QuantizedProduct)

@@ -335,7 +335,7 @@ def judge(folder: Path, reference: dict[str, Any]) -> str:
 
 
 def is_half_done(file: Path) -> bool:
-    """Whether a finished sweep should not have it: a cell's unfinished work, or a value's that is not there."""
+    """Whether it is unfinished work, of a cell or of a value that is not there."""
     if file.name.endswith(".unfinished"):  # beside the entry, whose writer was killed a moment too early
         return not file.with_name(file.name.removeprefix(".").removesuffix(".unfinished") + ".json").exists()
     return file.name == ".resume"
