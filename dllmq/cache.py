@@ -93,6 +93,7 @@ class Cache:
         entry = _Entry(self.folder, kind, dict(parts), self.key(kind, parts))
         with suppress(_Damaged):  # told and removed under the lock, where it may be whole by then
             if found := entry.read(load):
+                entry.clean()
                 return found[0], True
         with entry.locked() as problem:
             try:
@@ -183,7 +184,12 @@ class _Entry:
             shutil.copymode(description, payload)  # safetensors' are the owner's only, whatever the umask
             os.replace(payload, self.payload)
             os.replace(description, self.description)
-        shutil.rmtree(self.unfinished, ignore_errors=True)
+        self.clean()
+
+    def clean(self) -> None:
+        """Removes what was kept for an entry that is there by now; a kill may have come in between."""
+        if self.unfinished.is_dir():
+            shutil.rmtree(self.unfinished, ignore_errors=True)
 
     def remove(self) -> None:
         """Description first: a payload without one is no entry."""

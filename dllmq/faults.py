@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 from pathlib import Path
 
@@ -36,10 +37,7 @@ def in_words(error: Exception, folder: Path, stage: str = "") -> str | None:
             "what was finished is kept."
         )
     if code in _CLOSED and _concerns(error, folder):
-        return (
-            f"{folder} cannot be written ({error}): start the run where it can, or give a folder with "
-            "hydra.sweep.dir=<folder> (of a single run: hydra.run.dir=<folder>)."
-        )
+        return _closed(folder, error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says_memory(error):
         way_out = _LESS.get(stage, "lower eval.batch_size and calibration.batch_size, or use memory=stream")
         return (
@@ -47,6 +45,28 @@ def in_words(error: Exception, folder: Path, stage: str = "") -> str | None:
             "same command with that continues or begins again."
         )
     return None
+
+
+def check_writable(folder: Path) -> None:
+    """Whether files can be made in a folder, which need not be there yet; makes nothing.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(_closed(folder, f"{place} is a file"))
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(_closed(folder, f"{place} is read-only"))
+
+
+def _closed(folder: Path, why: object) -> str:
+    return (
+        f"{folder} cannot be written ({why}): start the run where it can, or give a folder with "
+        "hydra.sweep.dir=<folder> (of a single run: hydra.run.dir=<folder>)."
+    )
 
 
 def _code(error: Exception) -> int | None:

@@ -25,6 +25,7 @@ from dllmq.config import Plan, cell_name, check_cell, load, sweep_folder
 from dllmq.diffusion import SamplerConfig
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.task_settings import DEFAULT
+from dllmq.faults import check_writable
 from dllmq.report.callback import complain, finish_sweep, launcher_of
 from dllmq.workers import enter, pin_gpu, pin_rank
 
@@ -196,6 +197,23 @@ def _whole_path(override: str) -> str:
     return f"{key}='{os.path.abspath(value.strip(chr(39)))}'"
 
 
+def check_folder(argv: list[str]) -> None:
+    """Ends the program where the run's folder cannot be written; Hydra would, with a traceback.
+
+    Args:
+        argv: as `arguments` made them.
+    """
+    keys = ("hydra.sweep.dir=", "hydra.run.dir=")
+    named = [a.partition("=")[2].strip("'") for a in argv if a.startswith(keys)]
+    if not named or "${" in named[-1] or "dry_run=true" in map(str.lower, argv):
+        return
+    try:
+        check_writable(Path(named[-1]))
+    except ValueError as error:
+        complain(str(error))
+        sys.exit(1)
+
+
 def start_logging(prefix: str = "") -> None:
     """One line a stage with its time; above the progress bar on a terminal, unwrapped in a pipe or file.
 
@@ -235,6 +253,7 @@ def main() -> None:
     sys.argv = [sys.argv[0], *arguments(sys.argv[1:])]
     own = os.environ.get("HYDRA_FULL_ERROR")
     try:
+        check_folder(sys.argv[1:])
         hydra.main(version_base="1.3", config_path="pkg://dllmq.conf", config_name="config")(guarded)()
     except KeyboardInterrupt as stop:  # while a launcher waits for its workers
         complain(interrupt.farewell(stop, _given))
@@ -279,8 +298,7 @@ def last_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    from dllmq.run import (
-        main as start,
-    )  # launchers send functions by their module's name, which is not __main__
+    # launchers send functions to other processes by the name of their module, and __main__ is another one there
+    from dllmq.run import main as start
 
     start()

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     "interrupt",
     "workers",
+    "faults",
     "locks",
     "cache",
     "numerics",
@@ -33,7 +34,6 @@ LAYERS = [
     "config",
     "full_precision",
     "resume",
-    "faults",
     "machine",
     "team",
     "cell",

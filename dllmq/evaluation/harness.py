@@ -297,9 +297,10 @@ class DiffusionLM(LM):
     def _bounds(self, pairs: list[tuple[Tensor, Tensor]], problems: list[str]) -> list[float]:
         s = self.settings
         all_of_them = digest([[prompt.tolist(), answer.tolist()] for prompt, answer in pairs])
+        content = [all_of_them, s.rows_per_forward]
 
         def keep(index: int, requests: list[int], compute: Callable[[], list[float]]) -> list[float]:
-            return self._kept("loglikelihood", index, all_of_them, compute, [problems[r] for r in requests])
+            return self._kept("loglikelihood", index, content, compute, [problems[r] for r in requests])
 
         return log_likelihoods(
             self.model,

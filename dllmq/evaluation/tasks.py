@@ -336,8 +336,8 @@ def _scoring_in_words(name: str) -> Iterator[None]:
             raise
         first = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{name}: problem {problem} cannot be scored ({type(error).__name__}: {first}); mend the task's code "
-            "or data, or leave the task out. The answers are kept: the same command scores them again."
+            f"{name}: problem {problem} cannot be scored ({type(error).__name__}: {first}); mend the task's "
+            "code or data, or leave the task out. The answers are kept: the same command scores them again."
         ) from error
 
 

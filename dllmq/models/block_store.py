@@ -84,14 +84,15 @@ class BlockStore:
 
 def block_tensors(block: Block, topology: Topology, about: dict[str, Any]) -> dict[str, Tensor]:
     """Everything quantization may have changed in a block, by name; `about` are JSON values."""
-    tensors, linears = {}, {}
+    tensors: dict[str, Tensor] = {}
+    linears = {}
     quantized = _linears(block, topology, QuantLinear)
     for name, linear in quantized.items():
         q = PackedTensor.of(linear.quantized)
         linears[name] = {"shape": list(linear.shape), "grid": asdict(q.grid)}
-        found = {"packed": q.packed, "scale": q.scale, "zero": q.zero}
-        found |= {"group_index": q.group_index, "bias": linear.bias}
-        tensors |= {f"{name}.{part}": x for part, x in found.items() if x is not None}
+        tensors |= {f"{name}.packed": q.packed, f"{name}.scale": q.scale, f"{name}.zero": q.zero}
+        extra = {"group_index": q.group_index, "bias": linear.bias}
+        tensors |= {f"{name}.{part}": x for part, x in extra.items() if x is not None}
     tensors |= {_OWN + name: p.data for name, p in _own_parameters(block, quantized)}
     product: Any = block.product
     has_product = isinstance(product, QuantizedProduct)

@@ -147,7 +147,7 @@ def finish_sweep(folder: Path) -> None:
     console = Console()
     try:
         sweep = write_report(folder)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # the second: a full disk
         complain(str(error))
         sys.exit(1)
     print_tables(sweep_tables(sweep), console)

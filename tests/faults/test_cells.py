@@ -26,10 +26,11 @@ from dllmq.report.results import RESULTS, load_record, to_plain
 NUMBERS = ("scores", "fidelity", "curves", "per_problem", "fidelity_per_prompt", "calibration", "fingerprint")
 SMALL = (
     "tracker=none", "method=gptq", "tmas=true", "iaaq=true", "bits=w4a4", "tasks.names=[mini_gsm]",
-    "eval.limit=4", "eval.batch_size=2", "eval.fidelity_states=4", "eval.fidelity_prompts=4", "calibration.num_prompts=4",
-    "calibration.num_states=4", "calibration.batch_size=2", "sampler.gen_length=8", "sampler.steps=4",
-    "sampler.block_length=8",
+    "eval.limit=4", "eval.batch_size=2", "eval.fidelity_states=4", "eval.fidelity_prompts=4",
+    "calibration.num_prompts=4", "calibration.num_states=4", "calibration.batch_size=2",
+    "sampler.gen_length=8", "sampler.steps=4", "sampler.block_length=8",
 )  # fmt: skip
+SLOW = pytest.mark.slow  # a cell takes most of a second
 Tell = Callable[[int, int, str], None]
 
 
@@ -89,11 +90,11 @@ def kill() -> None:
 @pytest.mark.parametrize(
     ("what", "done", "times", "restored"),
     [
-        ("mini_gsm: denoising steps", 7, 1, {"blocks": 0, "mini_gsm": 0}),  # of full precision
-        ("trajectories", 7, 1, {"blocks": 0, "mini_gsm": 0}),
-        ("blocks", 2, 1, {"blocks": 2, "mini_gsm": 0}),
+        pytest.param("mini_gsm: denoising steps", 7, 1, {"blocks": 0, "mini_gsm": 0}, marks=SLOW),  # baseline
+        pytest.param("trajectories", 7, 1, {"blocks": 0, "mini_gsm": 0}, marks=SLOW),
+        pytest.param("blocks", 2, 1, {"blocks": 2, "mini_gsm": 0}, marks=SLOW),
         ("mini_gsm: denoising steps", 7, 2, {"blocks": 2, "mini_gsm": 2}),
-        ("fidelity", 1, 1, {"blocks": 2, "mini_gsm": 4}),
+        pytest.param("fidelity", 1, 1, {"blocks": 2, "mini_gsm": 4}, marks=SLOW),
     ],
 )
 def test_a_killed_cell_goes_on_bit_for_bit(
@@ -116,6 +117,7 @@ def test_a_killed_cell_goes_on_bit_for_bit(
     assert left == []
 
 
+@SLOW
 def test_batches_of_full_precision_are_not_run_twice(tmp_path: Path, cell: Callable[..., Cell]) -> None:
     """Killed in the second batch: the first one is there. 2 batches of 4 steps each, three times."""
     steps: list[str] = []
@@ -149,6 +151,7 @@ def test_a_signal_ends_the_cell_after_its_block(
     assert numbers(record, tmp_path) == plain and record.notes["restored"]["blocks"] == 1
 
 
+@SLOW
 def test_another_configuration_starts_fresh_and_says_what_differs(
     tmp_path: Path, cell: Callable[..., Cell], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -160,6 +163,7 @@ def test_another_configuration_starts_fresh_and_says_what_differs(
     assert record.notes["restored"]["blocks"] == 0
 
 
+@SLOW
 def test_another_machine_or_code_starts_fresh(
     tmp_path: Path,
     cell: Callable[..., Cell],
@@ -174,6 +178,7 @@ def test_another_machine_or_code_starts_fresh(
     assert "machine.name, machine.threads differs" in caplog.text
 
 
+@SLOW
 def test_resume_false_begins_again(tmp_path: Path, cell: Callable[..., Cell], plain: dict[str, Any]) -> None:
     with pytest.raises(Killed):
         cell(tmp_path, tell=at("mini_gsm: denoising steps", 7, kill, 2)).run()
@@ -203,6 +208,7 @@ def test_damage_anywhere_is_made_good(
     assert numbers(cell(tmp_path).run(), tmp_path) == plain
 
 
+@SLOW
 def test_a_flipped_digit_in_the_results_is_no_other_number(
     tmp_path: Path, cell: Callable[..., Cell], plain: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -220,20 +226,19 @@ def test_a_flipped_digit_in_the_results_is_no_other_number(
 # ------------------------------------------------------------------ disk and memory
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@SLOW
 def test_a_full_disk_is_one_sentence_and_the_cell_goes_on_later(
     tmp_path: Path,
     cell: Callable[..., Cell],
     plain: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
-    code: int,
 ) -> None:
     """Full from the second block on: nothing can be kept, the results cannot be written."""
     fsync, full = os.fsync, []
 
     def failing(file: int) -> None:
         if full:
-            raise OSError(code, os.strerror(code))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", failing)
@@ -254,6 +259,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(
         cell(tmp_path).run()
 
 
+@SLOW
 @pytest.mark.parametrize(
     ("what", "done", "remedy"),
     [("blocks", 1, "lower calibration.batch_size"), ("fidelity", 1, "lower calibration.batch_size"),
@@ -284,6 +290,7 @@ def test_an_error_of_the_programs_own_is_not_blamed_on_the_machine(
 # ------------------------------------------------------------------ numbers
 
 
+@SLOW
 def test_an_overflow_names_its_layer(
     tmp_path: Path, cell: Callable[..., Cell], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +312,7 @@ def test_a_singular_hessian_names_its_layer_and_the_remedy(tmp_path: Path, cell:
         cell(tmp_path, "method.damp=1e-30", "calibration.num_states=1").run()
 
 
+@SLOW
 def test_a_problem_that_cannot_be_scored_is_named_and_its_answers_are_kept(
     tmp_path: Path, cell: Callable[..., Cell], plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,6 +374,7 @@ def load_record_stub(made: Cell) -> Any:
     return dllmq.report.results.RunRecord(**empty, **values, status="finished", fingerprint=made.key)
 
 
+@SLOW
 def test_an_export_of_another_run_is_set_aside(tmp_path: Path, cell: Callable[..., Cell]) -> None:
     """Else model/ would hold other weights than results.json speaks of."""
     folder = tmp_path / "sweep/cell"
@@ -381,6 +390,7 @@ def test_an_export_of_another_run_is_set_aside(tmp_path: Path, cell: Callable[..
     assert json.loads((folder / "model" / RECORD).read_text())["run"]["fingerprint"] == again.key
 
 
+@SLOW
 def test_a_clock_that_jumps_changes_nothing(
     tmp_path: Path, cell: Callable[..., Cell], plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
