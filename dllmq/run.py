@@ -298,7 +298,7 @@ def last_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    # launchers send functions to other processes by the name of their module, and __main__ is another one there
+    # launchers send functions to processes by the name of their module, and __main__ is another one there
     from dllmq.run import main as start
 
     start()
