@@ -7,7 +7,8 @@
 
 The key is a hash of everything the value depends on, so an entry is right or absent, and deleting the folder
 is always safe. Entries appear whole (temporary folder beside them, fsync, rename), are checked against their
-sha256 before `load` sees them, and are made by one process at a time: the others wait for it and read. The
+sha256 before `load` sees them, and are made by one process at a time: the others wait for it and read. What
+took long to make may be kept in parts meanwhile (`unfinished`), for the process that comes after a kill. The
 cache never fails a run: what cannot be stored is returned all the same, with a warning.
 """
 
@@ -19,18 +20,19 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from dllmq.locks import locked
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -91,6 +93,7 @@ class Cache:
         entry = _Entry(self.folder, kind, dict(parts), self.key(kind, parts))
         with suppress(_Damaged):  # told and removed under the lock, where it may be whole by then
             if found := entry.read(load):
+                entry.clean()
                 return found[0], True
         with entry.locked() as problem:
             try:
@@ -107,6 +110,13 @@ class Cache:
             except Exception as error:
                 log.warning("cache: %s is computed but could not be stored (%s).", entry, _told(error))
             return value, False
+
+    def unfinished(self, kind: str, parts: Mapping[str, Any]) -> Path:
+        """A folder in which `make` may keep what it has so far; it is removed when the entry is stored.
+
+        Only the process that runs `make` may write there: it holds the entry's lock.
+        """
+        return _Entry(self.folder, kind, dict(parts), self.key(kind, parts)).unfinished
 
 
 class _Damaged(Exception):
@@ -130,6 +140,10 @@ class _Entry:
     @property
     def description(self) -> Path:
         return self.payload.with_name(f"{self.key}.json")
+
+    @property
+    def unfinished(self) -> Path:
+        return self.payload.with_name(f".{self.key}.unfinished")
 
     def read(self, load: Callable[[Path], T]) -> tuple[T] | None:
         """The value in a tuple, None where there is no entry.
@@ -170,6 +184,12 @@ class _Entry:
             shutil.copymode(description, payload)  # safetensors' are the owner's only, whatever the umask
             os.replace(payload, self.payload)
             os.replace(description, self.description)
+        self.clean()
+
+    def clean(self) -> None:
+        """Removes what was kept for an entry that is there by now; a kill may have come in between."""
+        if self.unfinished.is_dir():
+            shutil.rmtree(self.unfinished, ignore_errors=True)
 
     def remove(self) -> None:
         """Description first: a payload without one is no entry."""
@@ -177,30 +197,10 @@ class _Entry:
             self.description.unlink(missing_ok=True)
             self.payload.unlink(missing_ok=True)
 
-    @contextmanager
-    def locked(self) -> Iterator[Exception | None]:
-        """Holds the entry's lock, waiting for it; or yields why the folder allows none.
-
-        The lock ends with the process that holds it, even a killed one. The empty lock file stays: if it were
-        removed, two processes could hold a lock of the same name.
-        """
-        problem: Exception | None = None
-        lock = None
-        try:
-            self.payload.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.payload.with_name(f".{self.key}.lock"))
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                log.info("%s: another process is computing it; waiting", self)
-                lock.acquire()
-        except (OSError, NotImplementedError) as error:  # the second: a file system without locks
-            problem = error
-        try:
-            yield problem
-        finally:
-            if lock is not None:
-                lock.release()
+    def locked(self) -> AbstractContextManager[Exception | None]:
+        """Holds the entry's lock, waiting for it; or gives why the folder allows none."""
+        lock = self.payload.with_name(f".{self.key}.lock")
+        return locked(lock, f"{self}: another process is computing it; waiting")
 
 
 def _sha256(path: Path) -> str:

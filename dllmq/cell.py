@@ -7,31 +7,33 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
-import resource
-import subprocess
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from dllmq import __version__
+from dllmq import interrupt
 from dllmq.cache import Cache
 from dllmq.calibration.hidden import Spill
 from dllmq.calibration.states import Trajectory
 from dllmq.checkpoint import save_quantized
-from dllmq.config import Plan, RunConfig, build, fingerprint
+from dllmq.config import Plan, RunConfig, build, fingerprint, fingerprint_of, fingerprint_parts
 from dllmq.evaluation import sandbox
+from dllmq.evaluation.answers import AnswerFolder
 from dllmq.evaluation.divergence import measure_divergence
 from dllmq.evaluation.fidelity import Fidelity, FidelityReference, measure
 from dllmq.evaluation.tasks import EvalResult, evaluate, runs_code
+from dllmq.faults import in_words
 from dllmq.full_precision import HELD_OUT_SEED, Baseline, ForwardCounter, FullPrecision
+from dllmq.locks import locked
+from dllmq.machine import Stages, describe_device, git_state, versions
 from dllmq.methods import FP
 from dllmq.models.loading import checkpoint_folder, load_model
 from dllmq.models.memory import plan_memory
@@ -45,94 +47,117 @@ from dllmq.report.results import (
     STATUS,
     RunRecord,
     load_record,
+    read_json,
     redact,
     to_plain,
     write_json_atomic,
     write_text_atomic,
 )
-from dllmq.report.tracker import TrackedRun, changed_samples
+from dllmq.report.tracker import TrackedRun, changed_samples, without_secrets
+from dllmq.resume import FOLDER, Resume, difference, flat
+from dllmq.team import Job, Team, own_arithmetic
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
 MODEL = "model"  # folder of the export, in the cell's
-
-
-class Stages:
-    """Seconds and peak memory of each stage, for the record."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.cost: dict[str, float | int | None] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        reset_peak_memory(self.device)
-        start = time.perf_counter()
-        yield
-        self.cost[f"{name}_s"] = self.cost.get(f"{name}_s", 0.0) + time.perf_counter() - start  # type: ignore[operator]
-        peak = peak_memory(self.device)
-        self.cost[f"{name}_peak_bytes"] = peak
-        self.cost["peak_memory_bytes"] = max(peak, self.cost.get("peak_memory_bytes", 0) or 0)
-
-
-def reset_peak_memory(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):  # elsewhere the peak is the process's own
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device: str) -> int:
-    """Bytes: of the GPU's allocator, or the process's peak resident set since the last reset."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
-    except (OSError, StopIteration):
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+_STALE = {RESULTS: "results.stale.json", MODEL: "model.stale"}
 
 
 class Cell:
     """A checked plan, ready to run in its folder."""
 
     def __init__(
-        self, plan: Plan, folder: Path, sweep: Path, name: str, command: str, progress: Progress
+        self,
+        plan: Plan,
+        folder: Path,
+        sweep: Path,
+        name: str,
+        command: str,
+        progress: Progress,
+        team: Team | None = None,
     ) -> None:
-        self.plan, self.config = plan, plan.config
+        self.plan, self.config, self.team = plan, plan.config, team or Team()
         self.folder, self.sweep, self.name, self.command = folder, sweep, name, command
         self.progress = progress
         self.stages, self.backend = Stages(plan.device), ""
-        self.key = fingerprint(self.config, plan.device)
+        self.parts = fingerprint_parts(self.config, plan.device)
+        self.key = fingerprint_of(self.parts)
         self.fp_key = fingerprint(_reference_config(self.config), plan.device)
+        self.machine = describe_device(plan.device)
+        self.resume = Resume(folder / FOLDER, self.parts | {"machine": self.machine})
 
     def run(self) -> RunRecord:
-        """Quantizes and measures, unless the folder has this fingerprint's results already."""
-        done = self._finished()
-        if done is not None:
-            return done
+        """Quantizes and measures, unless the folder has this fingerprint's results already.
+
+        One process at a time: another one that is given the same cell waits, and takes its results.
+
+        Raises:
+            ValueError: what a user can mend, a full disk and too little memory included.
+            Interrupted: after a signal, when the unit at hand is finished and kept.
+        """
+        interrupt.check()
+        try:
+            with locked(self.folder / ".lock", f"{self.name}: another process runs it; waiting") as problem:
+                return self._finished() or self._run(problem)
+        except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
+            sentence = in_words(error, self.sweep, self.stages.current)
+            if sentence is None:
+                raise
+            raise ValueError(sentence) from error
+
+    def _run(self, no_lock: Exception | None) -> RunRecord:
+        """Args: no_lock: why there is none, if so."""
+        self._clean()
+        self.resume.begin(self.config.resume)
+        if no_lock is not None:
+            log.warning("%s: not locked (%s); do not start it twice at a time", self.folder, no_lock)
         tracker = build("tracker", self.config.tracker)
         config = self.config
-        tracker.start(TrackedRun(self.name, self.folder, config.plain(), config.axes(), self.sweep.name))
+        run = TrackedRun(self.name, self.folder, config.plain(), config.axes(), self.sweep.name)
+        _copied(tracker.start, run)
         try:
             record = self._compute()
             write_json_atomic(self.folder / RESULTS, record)
         except BaseException as error:
             if isinstance(error, Exception):
-                self._set_aside()
-            tracker.finish()
+                self._set_aside(RESULTS)
+            _copied(tracker.finish)
             raise
         (self.folder / STATUS).unlink(missing_ok=True)
-        tracker.log_curves(record.curves)
-        tracker.log_samples(changed_samples(record, self.folder / RESULTS, self.sweep))
-        tracker.finish(record, self.folder / RESULTS)
+        self.resume.end()
+        _copied(tracker.log_curves, record.curves)
+        _copied(tracker.log_samples, changed_samples(record, self.folder / RESULTS, self.sweep))
+        _copied(tracker.finish, record, self.folder / RESULTS)
         return record
 
-    def _set_aside(self) -> None:
-        """Results of another configuration or code are not to be taken for those of the run that failed."""
-        if (self.folder / RESULTS).exists():
-            (self.folder / RESULTS).replace(self.folder / "results.stale.json")
+    def _clean(self) -> None:
+        """What another configuration or code has left is not taken for this one's, nor what a kill has."""
+        for name in ("results.json", "status.json", "samples_*"):
+            for leftover in self.folder.glob(f".{name}.*.tmp"):
+                leftover.unlink(missing_ok=True)
+        if (self.folder / RESULTS).exists() and self._key_of(self.folder / RESULTS) != self.key:
+            self._set_aside(RESULTS)
+        made = self.folder / MODEL / RECORD
+        if made.is_file() and self._key_of(made) != self.key:
+            log.info("%s: its export is of another run and now in %s", self.name, _STALE[MODEL])
+            self._set_aside(MODEL)
+
+    def _key_of(self, file: Path) -> str | None:
+        """The fingerprint in results.json, or in the record of an export; None where there is none."""
+        try:
+            found = read_json(file)
+        except ValueError:
+            return None
+        found = found.get("run") if isinstance(found, dict) and file.name == RECORD else found
+        return found.get("fingerprint") if isinstance(found, dict) else None
+
+    def _set_aside(self, name: str) -> None:
+        """Moves a file or folder out of the way, over what was moved there before."""
+        source, target = self.folder / name, self.folder / _STALE[name]
+        if source.exists():
+            if target.is_dir():
+                shutil.rmtree(target)
+            source.replace(target)
 
     def _finished(self) -> RunRecord | None:
         file = self.folder / RESULTS
@@ -150,17 +175,29 @@ class Cell:
             return None
         if record.fingerprint == self.key:
             log.info("%s: finished already, with the same fingerprint", self.name)
+            with suppress(OSError):
+                self.resume.end()
             return record
         log.info("%s: has results of another configuration, code or machine (%s); it is run again", self.name,
-                 _difference(record.config, self.config.plain()))  # fmt: skip
+                 self._differs(record))  # fmt: skip
         return None
+
+    def _differs(self, record: RunRecord) -> str:
+        """The keys in which a record is of something else."""
+        own, identity = to_plain(self.parts), record.notes.get("identity")
+        config = {k: v for k, v in record.config.items() if k in own["config"]}
+        if not isinstance(identity, dict):
+            return difference(config, own["config"])
+        return difference(flat(identity | {"config": config}), flat(own))
 
     def _is_exported(self, record: RunRecord) -> bool:
         """Whether the folder holds the export that is asked for, of this record."""
         if self.config.export is None or isinstance(self.plan.recipe.method, FP):
             return True
         made = record.notes.get("export") or {}
-        return made.get("format") == self.config.export and (self.folder / MODEL / RECORD).is_file()
+        file = self.folder / MODEL / RECORD
+        there = file.is_file() and self._key_of(file) == self.key
+        return there and made.get("format") == self.config.export
 
     def _export(self, model: Any) -> tuple[dict[str, int], dict[str, Any]]:
         """Writes the quantized model beside the results; what it costs, and a note."""
@@ -170,8 +207,9 @@ class Cell:
         made = {
             "config": redact(config.plain()),
             "command": self.command,
-            "versions": _versions(),
-            "git": _git(),
+            "versions": versions(),
+            "git": git_state(),
+            "fingerprint": self.key,
         }
         source = checkpoint_folder(config.model_path)
         with self.stages("export"):
@@ -212,18 +250,22 @@ class Cell:
                     reference = Reference(*held_out, shared.reference(*held_out))
         recorded = stages.cost["calibrate_s"]
         with stages("quantize"):
-            spill = Spill(config.max_state_bytes, self.folder)
+            spill, blocks = Spill(config.max_state_bytes, self.folder), self.resume.blocks()
             report = quantize(
-                model, prompts, self.plan.recipe, None, self.progress, states, self.memory.compact, spill
-            )
+                model, prompts, self.plan.recipe, None, self.progress, states, self.memory.compact, spill,
+                store=blocks,
+            )  # fmt: skip
         stages.cost |= report.seconds
+        stages.cost["quantize_s"] += blocks.seconds  # type: ignore[operator]
         stages.cost["calibrate_s"] = recorded + report.seconds["calibrate_s"]  # type: ignore[operator]
         stages.cost["fp_forwards"] = forwards.count
         size, exported = self._export(model)
         self.backend = set_backend(model, config.backend)
-        record, result = self._measure(model, tokenizer, reference, report, inert)
+        answers = self.resume.answers()
+        record, result = self._measure(model, tokenizer, reference, report, inert, answers)
         _write_samples(result.samples, self.folder)
-        notes = {"shared": {"read": shared.hits, "made": shared.made}, "memory": asdict(self.memory)}
+        notes: dict[str, Any] = {"shared": {"read": shared.hits, "made": shared.made}}
+        notes |= {"memory": asdict(self.memory), "restored": {"blocks": blocks.restored} | result.restored}
         return replace(record, notes=record.notes | notes | exported, cost=record.cost | size)
 
     def _load(self) -> tuple[Any, Any]:
@@ -244,18 +286,26 @@ class Cell:
                     return record
             except ValueError as error:
                 log.warning("%s: not readable (%s); full precision is looked up again", file, error)
-        found = shared.baseline(self.fp_key, lambda: self._measure_full_precision(shared))
+
+        def measure_now(unfinished: Path) -> Baseline:
+            return self._measure_full_precision(shared, AnswerFolder(unfinished, self._fp_answers()))
+
+        found = shared.baseline(self.fp_key, measure_now)
         _write_samples(found.samples, self.sweep)
         write_json_atomic(file, found.record)
         return found.record
 
-    def _measure_full_precision(self, shared: FullPrecision) -> Baseline:
+    def _fp_answers(self) -> str:
+        """Answers that are continued are of the same machine, as a cell's blocks are."""
+        return fingerprint_of({"baseline": self.fp_key, "machine": self.machine})
+
+    def _measure_full_precision(self, shared: FullPrecision, answers: AnswerFolder) -> Baseline:
         log.info("full precision: measured once")
         stages, self.stages = self.stages, Stages(self.plan.device)
         model = shared.model
         report = QuantizationReport(0.0, weight_bytes(model), {})
         log_reading(model, "full precision's tasks", None)
-        record, result = self._measure(model, shared.tokenizer, None, report, [])
+        record, result = self._measure(model, shared.tokenizer, None, report, [], answers)
         reference = _reference_config(self.config)
         record = replace(record, run_name="full precision", fingerprint=self.fp_key,
                          config=reference.plain(), seed=reference.seed, axes=reference.axes())  # fmt: skip
@@ -269,13 +319,14 @@ class Cell:
         reference: Reference | None,
         report: QuantizationReport,
         inert: list[str],
+        answers: AnswerFolder,
     ) -> tuple[RunRecord, EvalResult]:
         config = self.config
-        with self.stages("evaluate"):
+        job = partial(self._job, answers, quantized=report.quantized_share > 0)
+        with self.stages("evaluate"), self.team.sharing(answers, job) as shared:
             result = evaluate(
                 model, tokenizer, config.tasks.names, config.answers(), config.eval.limit,
-                config.eval.allow_code_execution, self.sweep / ".shared" / "tasks", self.progress,
-                config.data_dir,
+                config.eval.allow_code_execution, self._work_dir, self.progress, config.data_dir, shared,
             )  # fmt: skip
         found = Fidelity({}, {})
         if reference is not None:
@@ -292,9 +343,9 @@ class Cell:
             | _generation_cost(result)
             | {"quantized_share": report.quantized_share, "weight_bytes": report.weight_bytes},
             inert=inert,
-            versions=_versions(),
-            git=_git(),
-            device=_device(self.plan.device),
+            versions=versions(),
+            git=git_state(),
+            device=self.machine,
             seed=config.seed,
             axes=config.axes(),
             command=self.command,
@@ -303,21 +354,47 @@ class Cell:
             per_problem=result.per_problem,
             calibration=report.states,
             notes={"method": report.notes, "backend": self.backend, "counters": result.counters}
+            | {"identity": {k: v for k, v in self.parts.items() if k != "config"}}
             | {"baseline": self.fp_key, "settings": {k: asdict(v) for k, v in config.answers().items()}}
             | {k: v for k, v in {"published": config.published(), "subtasks": result.subtasks}.items() if v}
             | ({"approximate decoding": config.approximations()} if config.approximations() else {})
+            | ({"helpers": self.team.batches} if self.team.batches else {})  # batches they answered, by rank
             | ({"sandbox": sandbox.level()} if any(map(runs_code, config.tasks.names)) else {}),
             fidelity_per_prompt=found.per_prompt,
         )
         return record, result
+
+    @property
+    def _work_dir(self) -> Path:
+        """Of the generated problems."""
+        return self.sweep / ".shared" / "tasks"
+
+    def _job(self, answers: AnswerFolder, quantized: bool) -> Job:
+        """An evaluation as the other processes of the team need it."""
+        blocks = self.resume.blocks()
+        return Job(
+            overrides=list(self.team.overrides),
+            quantized=quantized,
+            blocks=str(blocks.cache.folder.resolve()),
+            blocks_key=blocks.key,
+            answers=str(answers.folder.resolve()) if answers.folder else "",
+            answers_key=answers.key,
+            work_dir=str(self._work_dir.resolve()),
+            backend=self.backend or "auto",
+            stream=self.memory.stream,
+            compact=self.memory.compact,
+            threads=torch.get_num_threads(),
+            like=own_arithmetic(self.plan),
+        )
 
     def _fidelity(self, model: Any, reference: Reference) -> Fidelity:
         """Teacher-forced on full precision's states, and free-running from the same prompts."""
         sampler, batch = self.plan.recipe.sampler, self.config.calibration.batch_size
         forced = measure(model, reference.forced, self.progress)
         free = measure_divergence(
-            model, reference.trajectories, reference.prompts, sampler, batch, self.progress, HELD_OUT_SEED
-        )
+            model, reference.trajectories, reference.prompts, sampler, batch, self.progress, HELD_OUT_SEED,
+            self.resume.own_runs(sampler.steps),
+        )  # fmt: skip
         kl, top1 = forced.values["kl"], forced.values["top1"]
         log.info("fidelity: KL %.4f, top-1 %.4f (n=%d states), final agreement %.3f", kl["value"],
                  top1["value"], kl["n"], free.values["final_agreement"]["value"])  # fmt: skip
@@ -333,6 +410,15 @@ class Reference:
     prompts: list[Tensor]
     trajectories: list[Trajectory]
     forced: FidelityReference
+
+
+def _copied(action: Callable[..., object], *arguments: Any) -> None:
+    """Tells a tracker, which has a copy of what is on disk: whatever it raises is one warning."""
+    try:
+        action(*arguments)
+    except Exception as error:
+        text = without_secrets(" ".join(str(error).split()))[:300]
+        log.warning("the tracker's copy is not whole (%s: %s); the run goes on", type(error).__name__, text)
 
 
 def _write_samples(samples: dict[str, list[dict[str, Any]]], folder: Path) -> None:
@@ -361,19 +447,6 @@ def _reference_config(config: RunConfig) -> RunConfig:
     )  # fmt: skip
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
-    """The keys in which two configs differ, "code, machine or data" where none does."""
-    keys = []
-    for key in old.keys() | new.keys():
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            inner = _difference(a, b, f"{prefix}{key}.")
-            keys += [] if inner == "code, machine or data" else inner.split(", ")
-        elif a != b:
-            keys.append(f"{prefix}{key}")
-    return ", ".join(sorted(keys)) or "code, machine or data"
-
-
 def _generation_cost(result: EvalResult) -> dict[str, float | int | None]:
     """Forwards and generated tokens per second over the tasks that generate."""
     generating = [c for c in result.counters.values() if c.get("generated_tokens")]
@@ -391,41 +464,3 @@ def _generation_cost(result: EvalResult) -> dict[str, float | int | None]:
         if requests
         else None,
     }
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "lm-eval", "datasets", "hydra-core", "wandb", "numpy")
-    return {"dllmq": __version__, "python": platform.python_version()} | {n: version(n) for n in names}
-
-
-def _git() -> dict[str, Any]:
-    here = Path(__file__).parent
-
-    def ask(*words: str) -> str:
-        command = ["git", "-C", str(here), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        ask("ls-files", "--error-unmatch", __file__)
-        return {
-            "commit": ask("rev-parse", "HEAD"),
-            "dirty": bool(ask("status", "--porcelain", "--", str(here))),
-        }
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-
-
-def _device(device: str) -> dict[str, Any]:
-    if device.startswith("cuda"):
-        return {"type": "cuda", "name": torch.cuda.get_device_name(device)}
-    return {"type": "cpu", "name": _processor(), "threads": torch.get_num_threads()}
-
-
-def _processor() -> str:
-    """The processor's name, as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
-    except (OSError, StopIteration):
-        model = platform.processor()
-    return f"{model} ({platform.machine()})" if model else platform.machine()

@@ -708,6 +708,15 @@ READ = (".json", ".safetensors", ".jinja", ".txt", ".model")
 
 def fingerprint(config: RunConfig, device: str) -> str:
     """sha256 over all that affects the numbers: config, weights, tokenizer, data, code, device, threads."""
+    return fingerprint_of(fingerprint_parts(config, device))
+
+
+def fingerprint_of(parts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_parts(config: RunConfig, device: str) -> dict[str, Any]:
+    """What the fingerprint is of, as JSON values: the config's own keys under "config"."""
     values = {k: v for k, v in config.plain().items() if k not in _NEUTRAL}
     values["tasks"] = {k: v for k, v in values["tasks"].items() if k != "data_dir"}  # what is in it counts
     data = file_digest(Path(config.calibration.data)) if config.calibration.data else None
@@ -716,7 +725,7 @@ def fingerprint(config: RunConfig, device: str) -> str:
         from dllmq.models.memory import total_memory
 
         parts["memory"] = total_memory(device)  # what settles the size
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return parts
 
 
 def _tasks_identity(config: RunConfig) -> dict[str, Any]:
@@ -776,6 +785,11 @@ def code_digest() -> str:
             "report",
             "run.py",
             "generate.py",
+            "status.py",
+            "workers.py",
+            "team.py",
+            "interrupt.py",
+            "locks.py",
             "cache.py",
             "conf",
             "__pycache__",
@@ -798,7 +812,7 @@ def slug(text: str, limit: int = 100) -> str:
 def sweep_folder(overrides: list[str]) -> str:
     """outputs/<name>, or outputs/<the overrides> so that the same command finds its folder again."""
     named = [o.partition("=")[2] for o in overrides if o.startswith("name=")]
-    ignored = ("name=", "resume=", "dry_run=", "threads=", "cache_dir=", "tracker=", "hydra.")
+    ignored = ("name=", "resume=", "dry_run=", "threads=", "cache_dir=", "tracker=", "hydra.", "hydra/")
     text = "_".join(o for o in overrides if not o.startswith(ignored))
     experiment = [o.partition("=")[2] for o in overrides if o.startswith(("experiment=", "+experiment="))]
     if not named and experiment and len([o for o in overrides if not o.startswith(ignored)]) == 1:

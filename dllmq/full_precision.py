@@ -16,7 +16,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dllmq.cache import Cache, load_json, load_tensors, save_json, save_tensors
 from dllmq.calibration.prompts import encode_prompts, read_prompts
-from dllmq.calibration.states import CalibrationState, Trajectory, record_trajectories
+from dllmq.calibration.states import CalibrationState, KeepBatch, Trajectory, record_trajectories
 from dllmq.config import Plan, identity
 from dllmq.evaluation import fidelity
 from dllmq.mini.splits import Split
@@ -140,9 +140,15 @@ class FullPrecision:
 
         return self._get("reference", parts, make, fidelity.save_reference, fidelity.load_reference)
 
-    def baseline(self, key: str, make: Callable[[], Baseline]) -> Baseline:
-        """`make()`, or what it gave before; `key` is the fingerprint of full precision's configuration."""
-        return self._get("baseline", {"fingerprint": key}, make, _save_baseline, _load_baseline)
+    def baseline(self, key: str, make: Callable[[Path], Baseline]) -> Baseline:
+        """`make()`, or what it gave before; `key` is the fingerprint of full precision's configuration.
+
+        Args:
+            make: given a folder for its answers meanwhile, so that a run that was stopped goes on.
+        """
+        parts = {"fingerprint": key}
+        folder = self.cache.unfinished("baseline", parts)
+        return self._get("baseline", parts, lambda: make(folder), _save_baseline, _load_baseline)
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
@@ -164,14 +170,13 @@ class FullPrecision:
         def make() -> list[Trajectory]:
             forwards = -(-len(prompts) // recipe.batch_size) * recipe.sampler.steps
             log_reading(self.model, kind, forwards)
+            keep = keep_batches(Cache(self.cache.unfinished(kind, parts)), kind, recipe.sampler.steps)
             return record_trajectories(
-                self.model, prompts, recipe.sampler, recipe.batch_size, seed, observe, self.progress
+                self.model, prompts, recipe.sampler, recipe.batch_size, seed, observe, self.progress, keep
             )
 
-        def load(path: Path) -> list[Trajectory]:
-            return _load_trajectories(path, recipe.sampler.steps)
-
-        return self._get(kind, parts, make, _save_trajectories, load)
+        load = partial(load_trajectories, num_steps=recipe.sampler.steps)
+        return self._get(kind, parts, make, save_trajectories, load)
 
     def _get(self, kind: str, parts: dict[str, Any], make: Any, save: Any, load: Any) -> Any:
         value, hit = self.cache.get(kind, parts, make, save, load)
@@ -198,13 +203,23 @@ def _load_baseline(path: Path) -> Baseline:
     return Baseline(RunRecord(**found["record"]), found["samples"])
 
 
-def _save_trajectories(trajectories: list[Trajectory], path: Path) -> None:
+def keep_batches(cache: Cache, kind: str, num_steps: int) -> KeepBatch:
+    """For `record_trajectories`: batches are kept in `cache`, which is of this one recording."""
+    load = partial(load_trajectories, num_steps=num_steps)
+
+    def keep(number: int, record: Callable[[], list[Trajectory]]) -> list[Trajectory]:
+        return cache.get(kind, {"batch": number}, record, save_trajectories, load)[0]
+
+    return keep
+
+
+def save_trajectories(trajectories: list[Trajectory], path: Path) -> None:
     tensors = {f"{i}.{n}": getattr(t, n) for i, t in enumerate(trajectories) for n in _TRAJECTORY}
     tensors |= {f"{i}.prompt_length": torch.tensor(t.prompt_length) for i, t in enumerate(trajectories)}
     save_tensors(tensors, path)
 
 
-def _load_trajectories(path: Path, num_steps: int) -> list[Trajectory]:
+def load_trajectories(path: Path, num_steps: int) -> list[Trajectory]:
     tensors = load_tensors(path)
     return [
         Trajectory(

@@ -22,11 +22,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dllmq import interrupt
 from dllmq.calibration.hidden import HiddenStates, Spill
 from dllmq.calibration.observe import AttentionInputs, attention_inputs, group_input
 from dllmq.calibration.states import CalibrationState, Trajectory, describe, draw_states, record_trajectories
@@ -40,6 +42,7 @@ from dllmq.models.attention import (
     quantize_queries_keys,
 )
 from dllmq.models.base import Block, BlockContext, GroupRow, absorb_scale, linear_group
+from dllmq.models.block_store import BlockStore, Grids
 from dllmq.models.linear import InputQuantizer, QuantLinear
 from dllmq.models.streaming import compact_block, is_streamed, log_reading
 from dllmq.recipe import AttentionGrids, Recipe
@@ -110,6 +113,7 @@ def quantize(
     compact: bool = False,
     spill: Spill = _IN_MEMORY,
     on_block: OnBlock | None = None,
+    store: BlockStore | None = None,
 ) -> QuantizationReport:
     """Quantizes `model` in place.
 
@@ -123,8 +127,10 @@ def quantize(
         compact: finished blocks keep their weights as packed codes alone; always so with a streamed model.
         spill: when the calibration set's hidden states go to disk.
         on_block: given each block (index, block) when it is finished; may free it with `block.to("meta")`.
+        store: where finished blocks are kept until the run ends; those of an earlier run are not made again.
 
     Raises:
+        Interrupted: after a signal, when the block at hand is finished.
         ValueError: what a user can mend (sizes that do not divide, a singular Hessian with the layer's name).
     """
     if isinstance(recipe.method, FP) or recipe.weights is None:
@@ -142,7 +148,7 @@ def quantize(
         *(recipe.states.name, drawn["sequences"], drawn["tokens"], drawn["by_block"]),
     )
     calibrated = time.perf_counter()
-    notes = quantize_blocks(model, states, recipe, progress, compact, spill, on_block)
+    notes = quantize_blocks(model, states, recipe, progress, compact, spill, on_block, store)
     done = time.perf_counter()
     return QuantizationReport(
         quantized_share=quantized_share(model),
@@ -224,25 +230,50 @@ def quantize_blocks(
     compact: bool = False,
     spill: Spill = _IN_MEMORY,
     on_block: OnBlock | None = None,
+    store: BlockStore | None = None,
 ) -> dict[str, dict[str, float]]:
-    """The loop on top of this file; arguments as `quantize`. Returns the method's notes by group."""
+    """The loop on top of this file; arguments as `quantize`. Returns the method's notes by group.
+
+    Hidden states go through restored blocks only when a block behind them has to be quantized.
+    """
     assert recipe.weights is not None, "full precision has no loop"
     compact = compact or is_streamed(model)
     batches = _Batches(model, states if recipe.reads_states else [], recipe, spill)
     notes: dict[str, dict[str, float]] = {}
-    last = len(model.blocks) - 1
+    last, behind = len(model.blocks) - 1, list[Block]()  # finished blocks that the hidden states are before
+
+    def catch_up() -> None:
+        while behind:
+            batches.advance(behind.pop(0))
+
+    def quantize_one(index: int, block: Block) -> dict[str, dict[str, float]]:
+        catch_up()
+        return _quantize_block(model, index, block, batches, recipe)
+
     with closing(batches.hidden):
         for index, block in enumerate(model.blocks):
-            notes |= _quantize_block(model, index, block, batches, recipe)
-            if index < last:
-                batches.advance(block)
+            make, restored = partial(quantize_one, index, block), False
+            if store is None:
+                notes |= make()
+            else:
+                own, restored = store.settle(index, block, model.topology, _grids(recipe), make)
+                notes |= own
+            behind.append(block)
+            if index < last and not (restored and on_block is None):  # on_block may free it
+                catch_up()
             if on_block is not None:
                 on_block(index, block)
             if compact:
                 compact_block(model, index)
             if progress is not None:
                 progress(index + 1, len(model.blocks), "blocks")
+            interrupt.check()
     return notes
+
+
+def _grids(recipe: Recipe) -> Grids:
+    grids = recipe.attention
+    return Grids(recipe.inputs, grids.P, grids.V, grids.QK)
 
 
 def _quantize_block(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 import traceback
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -18,14 +20,19 @@ from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
+from dllmq import interrupt
 from dllmq.config import Plan, cell_name, check_cell, check_choices, load, sweep_folder
 from dllmq.diffusion import SamplerConfig
 from dllmq.estimate import estimate, told
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.task_settings import DEFAULT
-from dllmq.report.callback import complain, finish_sweep
+from dllmq.faults import check_writable
+from dllmq.report.callback import complain, finish_sweep, launcher_of
+from dllmq.workers import enter, pin_gpu, pin_rank
 
 console = Console()
+_given = "the same command"  # as it was typed
+_team: Any = None  # of torchrun
 log = logging.getLogger(__name__)
 
 
@@ -35,6 +42,14 @@ def run(cfg: DictConfig) -> None:
     sweeping = hydra_config.mode == RunMode.MULTIRUN
     folder = Path(hydra_config.runtime.output_dir)
     name = cell_name(hydra_config.job.override_dirname)
+    launcher = launcher_of(hydra_config) if sweeping else "basic"
+    if not sweeping and launcher_of(hydra_config) != "basic":
+        log.warning("no effect: hydra/launcher, without -m this is a single run")
+    if launcher != "basic":
+        start_logging(f"[{hydra_config.job.num}] ")
+        enter(hydra_config.runtime.cwd)
+    if "joblib" in launcher:
+        _pin(str(cfg.device))
     plan = check_cell(cfg)
     if plan.config.dry_run:
         console.print(describe(plan, name), markup=False, highlight=False, soft_wrap=True)
@@ -42,25 +57,38 @@ def run(cfg: DictConfig) -> None:
     import torch
 
     from dllmq.cell import Cell
+    from dllmq.report.heartbeat import Pulse, cell_log, heartbeat, host
     from dllmq.report.progress import progress_bar
 
     if plan.config.threads is not None:
         torch.set_num_threads(plan.config.threads)
-    log.info("%s", name)
-    with progress_bar(console, name) as progress:
-        cell = Cell(plan, folder, folder.parent, name, command(), progress)
-        cell.run()
+    with progress_bar(console, name, launcher == "basic") as progress, cell_log(folder):
+        log.info("%s, on %s, process %d", name, host(), os.getpid())
+        pulse = Pulse(name, progress)
+        with heartbeat(folder, pulse):
+            if _team is not None:
+                _team.overrides = list(hydra_config.overrides.task)
+            Cell(plan, folder, folder.parent, name, command(), pulse.tell, _team).run()
     if not sweeping:
         finish_sweep(folder.parent)
+
+
+def _pin(device: str) -> None:
+    """A GPU of its own for each process of joblib, unless `device` names one or none."""
+    if device in ("auto", "cuda"):
+        import torch
+
+        pin_gpu(torch.cuda.device_count())
 
 
 def guarded(cfg: DictConfig) -> None:
     """run(), where a failure becomes one sentence and a status.json; a sweep goes on with its next cell."""
     try:
-        run(cfg)
-    except KeyboardInterrupt:
-        complain("interrupted; finished cells are kept, the same command continues with the next one")
-        sys.exit(130)
+        with interrupt.listening():
+            run(cfg)
+    except KeyboardInterrupt as stop:
+        complain(interrupt.farewell(stop, _given, bool(cfg.get("resume", True))))
+        sys.exit(interrupt.exit_code(stop))
     except Exception as error:
         from dllmq.report.results import STATUS, write_json_atomic
 
@@ -78,8 +106,11 @@ def guarded(cfg: DictConfig) -> None:
             "command": command(),
             "traceback": traceback.format_exc(),
         }
-        write_json_atomic(folder / STATUS, status)
         where = "" if expected else f" (the traceback is in {folder / STATUS})"
+        try:
+            write_json_atomic(folder / STATUS, status)
+        except OSError as unwritten:
+            where = f" (and {folder / STATUS} cannot be written: {unwritten})"
         complain(f"{name}: {sentence}{where}")
         if hydra_config.mode != RunMode.MULTIRUN:
             sys.exit(1)
@@ -146,21 +177,55 @@ def describe_answers(plan: Plan, name: str, answer: EvalSettings) -> list[str]:
 
 
 def arguments(argv: list[str]) -> list[str]:
-    """argv with the folder of a run or sweep, so that the same command finds the same folder again."""
+    """argv with the folder of a run or sweep, so that the same command finds the same folder again.
+
+    A sweep with a launcher names it by its whole path: its workers may start elsewhere. A dry run needs no
+    launcher.
+    """
     overrides = [a for a in argv if not a.startswith("-") and "=" in a]
+    if any(o.lower() == "dry_run=true" for o in overrides):
+        argv = [a for a in argv if not a.startswith(("hydra/launcher=", "hydra.launcher."))]
+    launched = any(a.startswith("hydra/launcher=") for a in argv)
     if any(o.startswith(("hydra.sweep.dir=", "hydra.run.dir=")) for o in overrides):
-        return argv
+        return [_whole_path(a) if launched and a.startswith("hydra.sweep.dir=") else a for a in argv]
     folder = sweep_folder(overrides)
     sweeping = any(a in ("-m", "--multirun") for a in argv)
     key, value = ("hydra.sweep.dir", folder) if sweeping else ("hydra.run.dir", f"{folder}/run")
-    return [*argv, f"{key}='{value}'"]
+    added = f"{key}='{value}'"
+    return [*argv, _whole_path(added) if launched and sweeping else added]
 
 
-def start_logging() -> None:
-    """One line a stage with its time; above the progress bar on a terminal, unwrapped in a pipe or file."""
+def _whole_path(override: str) -> str:
+    key, _, value = override.partition("=")
+    return f"{key}='{os.path.abspath(value.strip(chr(39)))}'"
+
+
+def check_folder(argv: list[str]) -> None:
+    """Ends the program where the run's folder cannot be written; Hydra would, with a traceback.
+
+    Args:
+        argv: as `arguments` made them.
+    """
+    keys = ("hydra.sweep.dir=", "hydra.run.dir=")
+    named = [a.partition("=")[2].strip("'") for a in argv if a.startswith(keys)]
+    if not named or "${" in named[-1] or "dry_run=true" in map(str.lower, argv):
+        return
+    try:
+        check_writable(Path(named[-1]))
+    except ValueError as error:
+        complain(str(error))
+        sys.exit(1)
+
+
+def start_logging(prefix: str = "") -> None:
+    """One line a stage with its time; above the progress bar on a terminal, unwrapped in a pipe or file.
+
+    Args:
+        prefix: tells the lines of cells apart that run at once; these have no progress bar.
+    """
     handler: logging.Handler = logging.StreamHandler()
-    text = "%(asctime)s %(message)s"
-    if console.is_terminal:
+    text = f"%(asctime)s {prefix.replace('%', '%%')}%(message)s"
+    if console.is_terminal and not prefix:
         highlighter = NullHighlighter()
         handler = RichHandler(
             console=console,
@@ -172,23 +237,76 @@ def start_logging() -> None:
             omit_repeated_times=False,
         )
         text = "%(message)s"
-    logging.basicConfig(level=logging.INFO, format=text, datefmt="%H:%M:%S", handlers=[handler])
+    logging.basicConfig(level=logging.INFO, format=text, datefmt="%H:%M:%S", handlers=[handler], force=True)
+    for noisy in ("httpx", "urllib3", "datasets", "transformers", "matplotlib", "wandb", "hydra_plugins"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="hydra")
 
 
 def main() -> None:
     """Entry point."""
     start_logging()
-    for noisy in ("httpx", "urllib3", "datasets", "transformers", "matplotlib", "wandb"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="hydra")
     try:
         check_choices(sys.argv[1:])
     except ValueError as error:
         complain(str(error))
         sys.exit(1)
+    global _given, _team
+    _given = shlex.join(["python", "-m", "dllmq.run", *sys.argv[1:]])
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        _team = join_team(sys.argv[1:])
+        if _team.rank > 0:
+            _team.serve()
+            return
     sys.argv = [sys.argv[0], *arguments(sys.argv[1:])]
-    hydra.main(version_base="1.3", config_path="pkg://dllmq.conf", config_name="config")(guarded)()
+    own = os.environ.get("HYDRA_FULL_ERROR")
+    try:
+        check_folder(sys.argv[1:])
+        hydra.main(version_base="1.3", config_path="pkg://dllmq.conf", config_name="config")(guarded)()
+    except KeyboardInterrupt as stop:  # while a launcher waits for its workers
+        complain(interrupt.farewell(stop, _given))
+        sys.exit(interrupt.exit_code(stop))
+    except Exception as error:  # only of a launcher: see SweepCallback
+        if own:
+            raise
+        complain(
+            f"the launcher stopped ({type(error).__name__}: {last_line(error)}); finished cells are kept and "
+            "the same command continues"
+        )
+        sys.exit(1)
+    finally:
+        if _team is not None:
+            _team.end()
+
+
+def join_team(argv: list[str]) -> Any:
+    """The processes that torchrun started, this one with a GPU of its own where there are several."""
+    if any(a.startswith("hydra/launcher=") for a in argv):
+        complain("torchrun and hydra/launcher do not go together: use one of them.")
+        sys.exit(1)
+    if not any(a.startswith(("device=cpu", "device=cuda:")) for a in argv):
+        import torch
+
+        pin_rank(torch.cuda.device_count())
+    from dllmq.team import team_of_torchrun
+
+    try:
+        team = team_of_torchrun()
+    except ValueError as error:
+        complain(str(error))
+        sys.exit(1)
+    start_logging(f"[process {team.rank}] " if team.rank else "")
+    return team
+
+
+def last_line(error: Exception) -> str:
+    """The reason in a launcher's error: it may hold a worker's whole traceback, or a paragraph of advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
+    return lines[-1].partition(". ")[0][:300].rstrip(".") if lines else "no message"
 
 
 if __name__ == "__main__":
-    main()
+    # launchers send functions to processes by the name of their module, and __main__ is another one there
+    from dllmq.run import main as start
+
+    start()

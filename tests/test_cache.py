@@ -309,7 +309,7 @@ def test_file_system_without_locks_costs_a_warning(
     def fail(*_: Any, **__: Any) -> None:
         raise NotImplementedError("no flock")
 
-    monkeypatch.setattr("dllmq.cache.FileLock.acquire", fail)
+    monkeypatch.setattr("dllmq.locks.FileLock.acquire", fail)
     assert ask(cache, 7) == (7, False)
     assert len(warnings(caplog)) == 1
     assert stored(cache) == []
@@ -317,7 +317,7 @@ def test_file_system_without_locks_costs_a_warning(
 
 def test_hit_needs_no_lock(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     ask(cache, 7)
-    monkeypatch.setattr("dllmq.cache.FileLock.acquire", pytest.fail)
+    monkeypatch.setattr("dllmq.locks.FileLock.acquire", pytest.fail)
     assert ask(cache, 8) == (7, True)
 
 

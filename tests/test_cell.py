@@ -15,12 +15,14 @@ from tiny_llada import tiny_model
 
 import dllmq.cell
 from dllmq.cache import Cache
-from dllmq.cell import Cell, Stages, _difference, _reference_config
+from dllmq.cell import Cell, _reference_config
 from dllmq.config import Plan, RunConfig, check_cell, load
 from dllmq.evaluation.tasks import EvalResult
 from dllmq.full_precision import FullPrecision
+from dllmq.machine import Stages
 from dllmq.methods import FP
 from dllmq.report.results import BASELINE, RESULTS, STATUS, RunRecord, to_plain, write_json_atomic
+from dllmq.resume import difference
 
 
 def plan(*overrides: str) -> Plan:
@@ -42,10 +44,10 @@ def record(fingerprint: str, **fields: object) -> RunRecord:
 
 def test_difference_names_the_keys() -> None:
     old = {"a": 1, "b": {"c": 2, "d": 3}, "e": [1, 2]}
-    assert _difference(old, {"a": 1, "b": {"c": 2, "d": 3}, "e": [1, 2]}) == "code, machine or data"
-    assert _difference(old, {"a": 2, "b": {"c": 2, "d": 4}, "e": [1, 2]}) == "a, b.d"
-    assert _difference(old, {"b": {"c": 2}, "e": [1], "new": 0}) == "a, b.d, e, new"
-    assert _difference({"b": {"c": 1}}, {"b": None}) == "b"
+    assert difference(old, {"a": 1, "b": {"c": 2, "d": 3}, "e": [1, 2]}) == "code, machine or data"
+    assert difference(old, {"a": 2, "b": {"c": 2, "d": 4}, "e": [1, 2]}) == "a, b.d"
+    assert difference(old, {"b": {"c": 2}, "e": [1], "new": 0}) == "a, b.d, e, new"
+    assert difference({"b": {"c": 1}}, {"b": None}) == "b"
 
 
 def test_stages_add_seconds_and_keep_the_largest_peak() -> None:
@@ -145,7 +147,7 @@ def test_results_of_another_configuration_are_set_aside_when_the_cell_fails(
     monkeypatch.setattr(Cell, "_compute", failing)
     with pytest.raises(ValueError, match="no"):
         made.run()
-    assert [f.name for f in (tmp_path / "cell").iterdir()] == ["results.stale.json"]
+    assert [f.name for f in (tmp_path / "cell").iterdir() if f.name[0] != "."] == ["results.stale.json"]
 
 
 def test_resume_false_runs_a_finished_cell_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

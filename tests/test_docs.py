@@ -1,6 +1,7 @@
 """Every command of the tutorials runs, in their order, on the embedded model and small checkpoints."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_slurm
 import pytest
 from tiny_checkpoint import save_checkpoint
 
@@ -64,7 +66,9 @@ def as_run_here(command: str, folder: Path) -> list[str]:
     sized: list[str] = {
         "dllmq.run": SMALL,
         "dllmq.generate": [s for s in SMALL if s.startswith(generating)],
+        "torch.distributed.run": SMALL,
         "dllmq.report": [],
+        "dllmq.status": [],
     }[words[2]]
     return [sys.executable, *words[1:], *(s for s in sized if s.partition("=")[0] not in command)]
 
@@ -73,10 +77,13 @@ def as_run_here(command: str, folder: Path) -> list[str]:
 @pytest.mark.parametrize("doc", [doc for doc in DOCS if commands(doc)], ids=lambda doc: doc.stem)
 def test_the_commands_of_a_tutorial_run_in_their_order(doc: Path, tmp_path: Path) -> None:
     prepare(tmp_path)
+    environment = os.environ | fake_slurm.install(tmp_path / "slurm") | {"PYTHONPATH": str(ROOT)}
+    environment |= {"RAY_worker_niceness": "0"}  # 15 otherwise: beside other tests it hardly runs
     for source in blocks(doc, "python"):
         (tmp_path / "shrunk.py").write_text(source, encoding="utf-8")
     for command in commands(doc):
-        done = subprocess.run(as_run_here(command, tmp_path), cwd=tmp_path, capture_output=True, text=True)
+        words = as_run_here(command, tmp_path)
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 

@@ -23,9 +23,9 @@ from dllmq.full_precision import (
     FullPrecision,
     _generated_prompts,
     _load_states,
-    _load_trajectories,
     _save_states,
-    _save_trajectories,
+    load_trajectories,
+    save_trajectories,
 )
 from dllmq.models.loading import load_model
 from dllmq.models.tokenizer import load_tokenizer
@@ -281,8 +281,8 @@ def test_a_baseline_of_another_version_is_measured_again(
     old = {"record": record().to_json() | {"no_longer_a_field": 1}, "samples": {}}
     shared.cache.get("baseline", {"fingerprint": "key"}, lambda: old, save_json, load_json)
     new = Baseline(record(seed=7), {"mini_gsm": [{"doc_id": 0}]})
-    assert shared.baseline("key", lambda: new) == new and "no_longer_a_field" in caplog.text
-    assert shared.baseline("key", lambda: pytest.fail("it is there")) == new
+    assert shared.baseline("key", lambda folder: new) == new and "no_longer_a_field" in caplog.text
+    assert shared.baseline("key", lambda folder: pytest.fail("it is there")) == new
     assert (shared.made, shared.hits) == (["baseline"], ["baseline"])
 
 
@@ -352,8 +352,8 @@ def same_fields(a: Any, b: Any) -> bool:
 def test_what_is_saved_is_read_in_its_order(tmp_path: Path, generator: torch.Generator) -> None:
     """More than ten: by their numbers, not by their names."""
     trajectories = [trajectory(2 + i % 3, 1 + i, generator) for i in range(12)]
-    _save_trajectories(trajectories, tmp_path / "trajectories")
-    read = _load_trajectories(tmp_path / "trajectories", 10)
+    save_trajectories(trajectories, tmp_path / "trajectories")
+    read = load_trajectories(tmp_path / "trajectories", 10)
     assert len(read) == 12 and all(same_fields(a, b) for a, b in zip(trajectories, read, strict=True))
     states = [state(1 + i % 3, generator) for i in range(12)]
     _save_states(states, tmp_path / "states")

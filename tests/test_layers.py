@@ -13,6 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
+    "interrupt",
+    "workers",
+    "faults",
+    "locks",
     "cache",
     "numerics",
     "kernels",
@@ -30,6 +34,9 @@ LAYERS = [
     "config",
     "estimate",
     "full_precision",
+    "resume",
+    "machine",
+    "team",
     "cell",
 ]
 ENTRY_POINTS = {"run", "bench", "generate", "status"}  # the last layer; they do not import each other

@@ -16,15 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dllmq import interrupt
 from dllmq.diffusion import SamplerConfig, apply, denoise, mask_tokens, state_confidence
 
 Progress = Callable[[int, int, str], None]
+# (number of a batch, what records it) -> its trajectories, or those that were kept
+KeepBatch = Callable[[int, Callable[[], list["Trajectory"]]], list["Trajectory"]]
 _PLAIN = SamplerConfig()
 
 
@@ -203,15 +207,18 @@ def record_trajectories(
     seed: int = 0,
     observe: str = "masked",
     progress: Progress | None = None,
+    keep: KeepBatch | None = None,
 ) -> list[Trajectory]:
     """Runs the full-precision sampler on every prompt and keeps all states, on CPU.
 
     Args:
         prompts: token ids, unpadded.
         observe: where scores are taken: "masked", or "all" to include decoded tokens.
+        keep: asked for each batch in the place of running it, so that a run that was stopped goes on.
 
     Raises:
         ValueError: the sampler approximates; trajectories are the published process's.
+        Interrupted: after a signal, when the batch at hand is finished.
     """
     if not sampler.exact:
         raise ValueError(
@@ -219,30 +226,53 @@ def record_trajectories(
             "sampler.made_exact()."
         )
     done: dict[int, Trajectory] = {}
-    lengths = [len(p) for p in prompts]
-    groups = batched(list(range(len(prompts))), lengths, batch_size)
+    groups = batched(list(range(len(prompts))), [len(p) for p in prompts], batch_size)
+    total = len(groups) * sampler.steps
     for number, group in enumerate(groups):
-        width = max(lengths[i] for i in group)
-        ids = left_pad([prompts[i] for i in group], model.config.eos_token_id, width)
-        keep = left_pad([torch.ones_like(prompts[i]) for i in group], 0, width)
-        rng = torch.Generator(device=model.device).manual_seed(seed + number)
-        steps: list[tuple[Any, ...]] = []
-        final = ids
-        on_device = ids.to(model.device), sampler, keep.to(model.device)
-        for step in denoise(model, *on_device, rng, observe=observe):
-            kept = (step.tokens, step.masked, step.score, step.committed)
-            steps.append((step.index, *(t.cpu() for t in kept)))
-            final = apply(step).cpu()
+
+        def tell(step: int, number: int = number) -> None:
             if progress is not None:
-                progress(number * sampler.steps + step.index + 1, len(groups) * sampler.steps, "trajectories")
-        for row, i in enumerate(group):
-            tokens, masked, score, committed = (
-                torch.stack([s[k][row, width - lengths[i] :] for s in steps]) for k in range(1, 5)
-            )
-            index = torch.tensor([s[0] for s in steps])
-            last = final[row, width - lengths[i] :]
-            done[i] = Trajectory(tokens, masked, score, committed, index, last, lengths[i], sampler.steps)
+                progress(number * sampler.steps + step, total, "trajectories")
+
+        record = partial(
+            _record_batch, model, [prompts[i] for i in group], sampler, seed + number, observe, tell
+        )
+        done |= zip(group, record() if keep is None else keep(number, record), strict=True)
+        interrupt.check()
     return [done[i] for i in range(len(prompts))]
+
+
+def _record_batch(
+    model: Any,
+    prompts: list[Int[Tensor, " _"]],
+    sampler: SamplerConfig,
+    seed: int,
+    observe: str,
+    tell: Callable[[int], None],
+) -> list[Trajectory]:
+    """The trajectories of prompts that are denoised together."""
+    lengths = [len(p) for p in prompts]
+    width = max(lengths)
+    ids = left_pad(prompts, model.config.eos_token_id, width)
+    valid = left_pad([torch.ones_like(p) for p in prompts], 0, width)
+    rng = torch.Generator(device=model.device).manual_seed(seed)
+    steps: list[tuple[Any, ...]] = []
+    final = ids
+    on_device = ids.to(model.device), sampler, valid.to(model.device)
+    for step in denoise(model, *on_device, rng, observe=observe):
+        kept = (step.tokens, step.masked, step.score, step.committed)
+        steps.append((step.index, *(t.cpu() for t in kept)))
+        final = apply(step).cpu()
+        tell(step.index + 1)
+    index = torch.tensor([s[0] for s in steps])
+    found = []
+    for row, length in enumerate(lengths):
+        tokens, masked, score, committed = (
+            torch.stack([s[k][row, width - length :] for s in steps]) for k in range(1, 5)
+        )
+        last = final[row, width - length :]
+        found.append(Trajectory(tokens, masked, score, committed, index, last, length, sampler.steps))
+    return found
 
 
 def collate(rows: list[RowState], eos_id: int, num_steps: int) -> CalibrationState:

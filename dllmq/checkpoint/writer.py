@@ -13,6 +13,7 @@ leaves none that could be taken for one.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -93,6 +94,9 @@ class ShardWriter:
         assert self._shards, "a checkpoint has tensors"
         self._name_shards()
         size = sum(file.stat().st_size for file in self._staging.iterdir())
+        for file in self._staging.iterdir():
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())
         (self.folder / "config.json").unlink(missing_ok=True)
         for old in (*self.folder.glob("*.safetensors"), *map(self.folder.joinpath, _OF_AN_EXPORT)):
             old.unlink(missing_ok=True)

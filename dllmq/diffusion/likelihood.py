@@ -42,6 +42,8 @@ from dllmq.diffusion.process import bernoulli_masks, stratified_masks
 from dllmq.diffusion.sampler import apply, one_at_a_time
 
 Progress = Callable[[int, int, str], None]
+# (index of a forward, requests of its rows, what computes their cross-entropies) -> those, or what was kept
+Keep = Callable[[int, list[int], Callable[[], list[float]]], list[float]]
 _DREAM_EPS = 1e-3  # the least mask ratio of Dream's estimator, as its authors set it
 
 
@@ -84,6 +86,7 @@ def log_likelihoods(
     seed: int = 0,
     rows_per_forward: int = 64,
     progress: Progress | None = None,
+    keep: Keep | None = None,
 ) -> list[float]:
     """Estimates the bound for many (prompt, answer) pairs, in their order.
 
@@ -97,6 +100,8 @@ def log_likelihoods(
         seed: base seed.
         rows_per_forward: rows in one forward (twice that under guidance).
         progress: called with (finished requests, all requests, "log-likelihood").
+        keep: asked for the cross-entropies of each forward's rows in the place of computing them, so that a
+            run that was stopped goes on; the same numbers as without it.
     """
     _check(num_samples, batch_size, cfg_scale, [answer for _, answer in requests])
     if rows_per_forward < 1:
@@ -109,7 +114,7 @@ def log_likelihoods(
             generator = request_generator(*requests[r], seed)
             yield from draw(r, *requests[r], num_samples, batch_size, generator)
 
-    return _evaluate(model, all_rows(), len(requests), rows_per_forward, cfg_scale, progress)
+    return _evaluate(model, all_rows(), len(requests), rows_per_forward, cfg_scale, progress, keep)
 
 
 def request_generator(
@@ -228,12 +233,15 @@ def _evaluate(
     rows_per_forward: int,
     cfg_scale: float,
     progress: Progress | None,
+    keep: Keep | None = None,
 ) -> list[float]:
     """Sums -weight * cross-entropy per request; a request's rows are consecutive."""
     totals = [0.0] * num_requests
     met: set[int] = set()  # all but the latest are finished
-    for batch in _batched(rows, rows_per_forward):
-        for row, nats in zip(batch, _cross_entropy(model, batch, cfg_scale).tolist(), strict=True):
+    for index, batch in enumerate(_batched(rows, rows_per_forward)):
+        compute = partial(_cross_entropies, model, batch, cfg_scale)
+        nats_of = compute() if keep is None else keep(index, [row.request for row in batch], compute)
+        for row, nats in zip(batch, nats_of, strict=True):
             totals[row.request] -= row.weight * nats
             met.add(row.request)
         if progress is not None:
@@ -243,8 +251,8 @@ def _evaluate(
     return totals
 
 
-def _cross_entropy(model: MaskPredictor, batch: list[_Row], cfg_scale: float) -> Tensor:
-    """The summed cross-entropy of each row's masked answer tokens, float64 on the CPU, [R]."""
+def _cross_entropies(model: MaskPredictor, batch: list[_Row], cfg_scale: float) -> list[float]:
+    """The summed cross-entropy of each row's masked answer tokens, [R]."""
     x, target, masked, answer, valid = (
         part.to(model.device) for part in _collate(batch, model.config.mask_token_id)
     )
@@ -255,7 +263,9 @@ def _cross_entropy(model: MaskPredictor, batch: list[_Row], cfg_scale: float) ->
         for logits, wanted in _with_targets(logits_at(model, hidden, masked, cfg_scale), target[masked])
     ]
     row = masked.nonzero()[:, 0].cpu()
-    return torch.zeros(len(batch), dtype=torch.float64).index_add_(0, row, torch.cat(losses).cpu().double())
+    sums = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, row, torch.cat(losses).cpu().double())
+    found: list[float] = sums.tolist()
+    return found
 
 
 def _with_targets(chunks: Iterator[Tensor], targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllmq.calibration.states import Progress, Trajectory, record_trajectories
+from dllmq.calibration.states import KeepBatch, Progress, Trajectory, record_trajectories
 from dllmq.diffusion import SamplerConfig
 from dllmq.evaluation.fidelity import Fidelity
 from dllmq.evaluation.statistics import mean_stderr
@@ -34,6 +34,7 @@ def measure_divergence(
     batch_size: int,
     progress: Progress | None = None,
     seed: int = 0,
+    keep: KeepBatch | None = None,
 ) -> Fidelity:
     """Denoises the prompts with `model` and compares with full precision's runs.
 
@@ -41,8 +42,9 @@ def measure_divergence(
         reference: full precision's trajectories of the same prompts; sampler, batch_size and seed are those
             that recorded them, so that the same model gives the same run.
         progress: told (done, total, stage) like `record_trajectories`.
+        keep: asked for the batches of the quantized model's runs, as there.
     """
-    own = record_trajectories(model, prompts, sampler, batch_size, seed, "committable", progress)
+    own = record_trajectories(model, prompts, sampler, batch_size, seed, "committable", progress, keep)
     return compare_trajectories(reference, own)
 
 

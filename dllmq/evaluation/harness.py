@@ -17,6 +17,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from dllmq.diffusion import MaskPredictor, apply, denoise, greedy_match, log_likelihoods
 from dllmq.diffusion.predict import States, states_of
+from dllmq.evaluation.answers import AnswerLog, Batch, digest
 from dllmq.evaluation.batches import Batches, halved, settle
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.models.graphs import graphed
@@ -136,6 +138,7 @@ class DiffusionLM(LM):
         tokenizer: a Hugging Face tokenizer.
         settings: how it answers.
         progress: called with (done, total, what) after each denoising step, or finished likelihood.
+        answers: of an earlier run that was stopped; the batches in it are not answered again.
 
     Attributes:
         counters: what the requests so far took.
@@ -147,9 +150,10 @@ class DiffusionLM(LM):
         tokenizer: Tokenizer,
         settings: EvalSettings | None = None,
         progress: Progress | None = None,
+        answers: AnswerLog | None = None,
     ) -> None:
         super().__init__()
-        self.counters = Counters()
+        self.counters, self.answers = Counters(), answers or AnswerLog(None, "")
         self.model, self.tokenizer = CountingModel(graphed(model), self.counters), tokenizer
         self.settings, self.progress = settings or EvalSettings(), progress
         self._device = model.device
@@ -193,11 +197,14 @@ class DiffusionLM(LM):
             self._warn_of_sampling(request.args[1])
         batches, answers = self._batches(prompts), [""] * len(requests)
         for batch in batches:
+            own, of = [prompts[i] for i in batch.rows], [_problem(requests[i]) for i in batch.rows]
+            denoise_own = partial(self._denoise, own, batch.index, batch.total)
             try:
-                generated = self._denoise([prompts[i] for i in batch.rows], batch.index, batch.total)
+                generated = self._kept("generate_until", batch.index, own, denoise_own, of)
             except (MemoryError, RuntimeError) as error:
                 batches.halve(error)
                 continue
+            self._tell_restored(batch.index + 1, batch.total)
             for i, tokens in zip(batch.rows, generated, strict=True):
                 answers[i] = self._finish(tokens, requests[i])
         self.counters.batch_size = batches.size
@@ -210,6 +217,25 @@ class DiffusionLM(LM):
         if self.settings.batch_size == "auto":
             log.info("batch_size=auto: %d canvases of up to %d tokens", size, columns)
         return Batches(prompts, gen_length, size)
+
+    def _kept(
+        self, kind: str, index: int, content: Any, answer: Callable[[], list[Any]], problems: list[str]
+    ) -> list[Any]:
+        """What the log knows of a batch, or answer(), which goes into the log; forwards are counted alike."""
+        before = self.counters.forwards
+
+        def counted() -> Batch:
+            values = answer()
+            return Batch(values, self.counters.forwards - before)
+
+        batch = self.answers.batch(kind, index, content, counted, problems)
+        self.counters.forwards = before + batch.forwards
+        return batch.values
+
+    def _tell_restored(self, batches: int, of: int) -> None:
+        if self.progress is not None and self.answers.restored:
+            steps = self.settings.sampler.steps
+            self.progress(batches * steps, of * steps, "denoising steps")
 
     def _denoise(self, prompts: list[list[int]], index: int, num_batches: int) -> list[list[int]]:
         """The generated tokens of one batch.
@@ -286,17 +312,31 @@ class DiffusionLM(LM):
         order = sorted(range(len(pairs)), key=lambda i: (-sum(map(len, pairs[i])), pairs[i], i))
         tensors = [(_ids(pairs[i][0]), _ids(pairs[i][1])) for i in order]
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for i, ids, value in zip(order, tensors, self._bounds(tensors), strict=True):
-            greedy = self.settings.greedy_check and greedy_match(
-                self.model, *ids, self.settings.sampler.cfg_scale
-            )
-            results[i] = (value, greedy)
+        bounds = self._bounds(tensors, [_problem(requests[i]) for i in order])
+        for i, ids, value in zip(order, tensors, bounds, strict=True):
+            results[i] = (value, self.settings.greedy_check and self._is_greedy(*ids, requests[i]))
             self.cache_hook.add_partial("loglikelihood", requests[i].args, results[i])
         self.counters.requests += len(requests)
         return results
 
-    def _bounds(self, pairs: list[tuple[Tensor, Tensor]]) -> list[float]:
+    def _is_greedy(self, prompt: Tensor, answer: Tensor, request: Instance) -> bool:
+        """A batch of its own for the log."""
+        content = [prompt.tolist(), answer.tolist()]
+        cfg_scale = self.settings.sampler.cfg_scale
+
+        def compare() -> list[bool]:
+            return [greedy_match(self.model, prompt, answer, cfg_scale)]
+
+        found = self._kept("greedy", 0, content, compare, [_problem(request)])
+        return bool(found[0])
+
+    def _bounds(self, pairs: list[tuple[Tensor, Tensor]], problems: list[str]) -> list[float]:
         s, rows = self.settings, self.settings.rows_per_forward
+        all_of_them = digest([[prompt.tolist(), answer.tolist()] for prompt, answer in pairs])
+        def keep(index: int, requests: list[int], compute: Callable[[], list[float]]) -> list[float]:
+            content = [all_of_them, rows]
+            return self._kept("loglikelihood", index, content, compute, [problems[r] for r in requests])
+
         while True:
             try:
                 return log_likelihoods(
@@ -308,6 +348,7 @@ class DiffusionLM(LM):
                     seed=s.seed,
                     rows_per_forward=rows,
                     progress=self.progress,
+                    keep=keep,
                 )
             except (MemoryError, RuntimeError) as error:
                 rows = halved(rows, error, "rows of a likelihood")
@@ -370,6 +411,11 @@ def left_pad(prompts: list[list[int]], pad: int) -> tuple[Int[Tensor, "B P"], In
     if all(len(prompt) == width for prompt in prompts):
         return ids, None
     return ids, _ids([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
+
+def _problem(request: Instance) -> str:
+    """Task and number of a request's problem, for a reader of the log."""
+    return f"{request.task_name}/{request.doc_id}"
 
 
 def _ids(values: Any) -> Tensor:

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from dllmq.evaluation import benchmarks, task_data
+from dllmq.evaluation.answers import AnswerFolder
 from dllmq.evaluation.code_scoring import POSTPROCESS
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.statistics import mean_stderr
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent / "task_configs"
 Progress = Callable[[int, int, str], None]
 Number = int | float
+NOT_KEPT = AnswerFolder()
 
 
 class _Loader(yaml.SafeLoader):
@@ -180,6 +182,8 @@ def build_task_configs(names: Sequence[str], n: int | None, data_dir: Path) -> l
 def _write_problems(name: str, n: int, data_dir: Path) -> Path:
     path = data_dir / f"{name}-test-{n}.jsonl"
     own = write_jsonl(problems(name, "test", n), data_dir / f".{path.name}.{os.getpid()}")
+    with own.open("rb+") as file:
+        os.fsync(file.fileno())
     if path.exists() and path.read_bytes() == own.read_bytes():
         own.unlink()  # an unchanged file keeps the cache of `datasets` valid
     else:
@@ -200,6 +204,7 @@ class EvalResult:
         counters: requests, forwards, generated_tokens, truncated (see harness.Counters) and seconds.
         subtasks: {subtask: its scores}, of groups. A group's own score is the mean over all its problems,
             which is lm-eval's mean of subtasks weighted by their sizes; its stderr is that of this mean.
+        restored: requests that an earlier run had answered.
     """
 
     scores: dict[str, dict[str, dict[str, Number]]] = field(default_factory=dict)
@@ -207,10 +212,11 @@ class EvalResult:
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     counters: dict[str, dict[str, Number]] = field(default_factory=dict)
     subtasks: dict[str, dict[str, dict[str, dict[str, Number]]]] = field(default_factory=dict)
+    restored: dict[str, int] = field(default_factory=dict)
 
     def __or__(self, other: "EvalResult") -> "EvalResult":
         """Both results' tasks; `other` wins where both have one."""
-        names = ("scores", "per_problem", "samples", "counters", "subtasks")
+        names = ("scores", "per_problem", "samples", "counters", "subtasks", "restored")
         return EvalResult(**{name: getattr(self, name) | getattr(other, name) for name in names})
 
 
@@ -224,6 +230,7 @@ def evaluate(
     work_dir: Path = Path("."),
     progress: Progress | None = None,
     data_dir: Path | None = None,
+    answers: AnswerFolder = NOT_KEPT,
 ) -> EvalResult:
     """Scores a model.
 
@@ -237,9 +244,12 @@ def evaluate(
         work_dir: for the problems and the data sets' cache.
         progress: called with (done, total, "task: what").
         data_dir: local files of published tasks (see task_data.py); None: the hub's data.
+        answers: where they are kept until the run ends; what an earlier one left there is not asked again.
 
     Raises:
-        ValueError: unknown tasks, no opt-in, data that cannot be read, or a prompt that does not fit.
+        ValueError: unknown tasks, no opt-in, data that cannot be read, a prompt that does not fit, or a
+            problem that cannot be scored.
+        Interrupted: after a signal, when the batch at hand is kept.
     """
     check_tasks(tasks)
     check_code_execution(tasks, allow_code_execution)
@@ -251,7 +261,7 @@ def evaluate(
 
     result = EvalResult()
     for name, own in each.items():
-        lm = DiffusionLM(model, tokenizer, own, _named(progress, name))
+        lm = DiffusionLM(model, tokenizer, own, _named(progress, name), answers.of(name))
         result |= score_task(lm, name, limit, work_dir, own, data_dir)
     return result
 
@@ -280,7 +290,7 @@ def score_task(
         else:
             configs = build_task_configs([name], n, work_dir)
         start = time.perf_counter()  # after the import, which the first task would be charged with
-        with _hub_in_words(name, settings, data_dir):
+        with _scoring_in_words(name), _hub_in_words(name, settings, data_dir):
             output = lm_eval.simple_evaluate(
                 model=lm,
                 tasks=configs,
@@ -296,12 +306,13 @@ def score_task(
                 torch_random_seed=None,
             )
     counters = asdict(lm.counters) if hasattr(lm, "counters") else {}
-    counters["seconds"] = time.perf_counter() - start
+    earlier = getattr(lm, "answers", None) or NOT_KEPT.of(name)
+    counters["seconds"] = time.perf_counter() - start + earlier.seconds
     result = _read_samples(
         name, {c["task"]: output["samples"][c["task"]] for c in configs}, counters, grouped
     )
     _log_scores(name, result)
-    return result
+    return replace(result, restored={name: earlier.restored})
 
 
 @contextmanager
@@ -317,6 +328,37 @@ def _hub_in_words(name: str, settings: EvalSettings, data_dir: Path | None) -> I
             f"{task_data.layout(own, settings.num_fewshot)}; set tasks.data_dir to that <data_dir>, because "
             f"the hub did not give the data set: {first}."
         ) from error
+
+
+@contextmanager
+def _scoring_in_words(name: str) -> Iterator[None]:
+    """What a task's own code raises about one problem, as one sentence that names it.
+
+    The problem is not counted as wrong: nobody could tell a model that fails from a scorer that does.
+    """
+    try:
+        yield
+    except Exception as error:
+        problem = _scored_problem(error)
+        if problem is None:
+            raise
+        first = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{name}: problem {problem} cannot be scored ({type(error).__name__}: {first}); mend the task's "
+            "code or data, or leave the task out. The answers are kept: the same command scores them again."
+        ) from error
+
+
+def _scored_problem(error: BaseException) -> int | None:
+    """The number of the problem at which lm-eval called a task's `process_results` that raised."""
+    trace, problem = error.__traceback__, None
+    while trace is not None:
+        frame = trace.tb_frame
+        if frame.f_code.co_name == "process_results":
+            return problem
+        problem = frame.f_locals.get("doc_id", problem)
+        trace = trace.tb_next
+    return None
 
 
 def _from_hub(error: BaseException) -> bool:

@@ -1,7 +1,14 @@
-"""Hydra's callback: every run is checked before the first one starts; a sweep's table comes at its end."""
+"""Hydra's callback: every run is checked before the first one starts; a sweep's table comes at its end.
+
+Between the two stands sweep.json, the cells that are planned, for dllmq.status.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import os
+import shlex
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +21,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+
+from dllmq.report.results import write_json_atomic
+
+SWEEP = "sweep.json"
+EXTRAS = {"dllmq_joblib": "joblib", "dllmq_slurm": "submitit", "dllmq_local": "submitit", "dllmq_ray": "ray"}
+log = logging.getLogger(__name__)
 
 
 def cells(config: DictConfig) -> list[list[str]]:
@@ -36,25 +49,82 @@ class SweepCallback(Callback):
         self.check = check
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        self._check(lambda: own, "")
+        refuse(lambda: self.check(own_keys(config)))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        listed, name = cells(config), config.hydra.job.config_name
+        listed, launcher = cells(config), launcher_of(config.hydra)
+        refuse(partial(check_launcher, launcher, config.hydra.launcher._target_))
+        planned = []
         for number, overrides in enumerate(listed, 1):
             where = f"cell {number} of {len(listed)} ({' '.join(overrides)}): "
-            self._check(partial(compose, config_name=name, overrides=overrides), where)
+            cell = partial(compose, config.hydra.job.config_name, overrides, return_hydra_config=True)
+            planned.append(refuse(partial(self._checked, cell), where))
+        if config.get("dry_run"):
+            return
+        refuse(partial(write_plan, config.hydra, launcher, planned))
+        if launcher != "basic":
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # run.main tells a launcher's failure in one sentence
+            folder = config.hydra.sweep.dir
+            log.info(
+                "cells: %d, by %s; python -m dllmq.status %s", len(planned), launcher, shlex.quote(folder)
+            )
+
+    def _checked(self, cell: Callable[[], DictConfig]) -> dict[str, Any]:
+        """A cell as sweep.json has it, after its check."""
+        config = cell()
+        self.check(own_keys(config))
+        return {"name": config.hydra.sweep.subdir, "overrides": list(config.hydra.overrides.task)}
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         if not config.get("dry_run"):
             finish_sweep(Path(config.hydra.sweep.dir))
 
-    def _check(self, config: Callable[[], DictConfig], where: str) -> None:
-        try:
-            self.check(config())
-        except Exception as error:
-            complain(where + sentence(error))
-            sys.exit(1)  # not an Exception: Hydra turns those of callbacks into warnings
+
+def own_keys(config: DictConfig) -> DictConfig:
+    """The config without Hydra's."""
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+
+
+def refuse(action: Callable[[], Any], where: str = "") -> Any:
+    """action(), whose error ends the program with one sentence."""
+    try:
+        return action()
+    except Exception as error:
+        complain(where + sentence(error))
+        sys.exit(1)  # not an Exception: Hydra turns those of callbacks into warnings
+
+
+def launcher_of(hydra: Any) -> str:
+    """basic, or the option of hydra/launcher."""
+    chosen = hydra.runtime.choices.get("hydra/launcher")
+    return str(chosen or "basic")
+
+
+def check_launcher(name: str, target: str) -> None:
+    """Whether the plugin of a launcher is installed.
+
+    Raises:
+        ValueError: with the extra that brings it.
+    """
+    package = ".".join(target.split(".")[:2])
+    try:
+        found = importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # not even hydra_plugins
+        found = False
+    if not found:
+        brings = f"dllmq[{EXTRAS[name]}]" if name in EXTRAS else package
+        raise ValueError(
+            f"hydra/launcher={name} needs a package that is not installed here: pip install '{brings}', or "
+            "leave hydra/launcher out to run the cells one after the other."
+        )
+
+
+def write_plan(hydra: Any, launcher: str, planned: list[dict[str, Any]]) -> None:
+    """sweep.json: the planned cells and the command that continues them."""
+    launch = [o for o in hydra.overrides.hydra if o.startswith(("hydra/launcher=", "hydra.launcher."))]
+    words = ["python", "-m", "dllmq.run", "-m", *launch, *hydra.overrides.task]
+    plan = {"command": shlex.join(words), "launcher": launcher, "cells": planned}
+    write_json_atomic(Path(hydra.sweep.dir) / SWEEP, plan)
 
 
 def sentence(error: Exception) -> str:
@@ -78,7 +148,7 @@ def finish_sweep(folder: Path) -> None:
     console = Console()
     try:
         sweep = write_report(folder)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # the second: a full disk
         complain(str(error))
         sys.exit(1)
     print_tables(sweep_tables(sweep), console)

@@ -17,8 +17,14 @@ from rich.progress import (
 
 
 @contextmanager
-def progress_bar(console: Console, name: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Yields the callback; one bar, its label changes with the stage. Silent where output is no terminal."""
+def progress_bar(
+    console: Console, name: str, shown: bool = True
+) -> Iterator[Callable[[int, int, str], None]]:
+    """Yields the callback; one bar, its label changes with the stage. Silent where output is no terminal.
+
+    Args:
+        shown: false where several cells write to the terminal at once.
+    """
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
@@ -27,7 +33,9 @@ def progress_bar(console: Console, name: str) -> Iterator[Callable[[int, int, st
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not (shown and console.is_terminal)
+    ) as progress:
         task = progress.add_task(name)
         last = ""
 

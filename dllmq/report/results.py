@@ -13,6 +13,7 @@ them) and one warning names where they were. A null reads as "not measured" ever
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -28,6 +29,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 RESULTS, BASELINE, STATUS = "results.json", "baseline.json", "status.json"
+_SEAL = "sha256"
 _SECRET = re.compile(r"(api_?key|secret|password|passwd|(access|auth|hf|bearer)_?token)$", re.IGNORECASE)
 
 
@@ -138,8 +140,17 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
 
 def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> Path:
     """Write obj (see `to_plain`) as JSON to path, whole or not at all; NaN and infinity become null."""
-    plain = obj.to_json() if isinstance(obj, RunRecord) else to_plain(obj)
+    plain = _sealed(obj.to_json()) if isinstance(obj, RunRecord) else to_plain(obj)
     return write_text_atomic(path, json_text(plain) + "\n")
+
+
+def _sealed(plain: dict[str, Any]) -> dict[str, Any]:
+    """A record with its checksum, so that a flipped bit does not read as another number."""
+    return plain | {_SEAL: _checksum(plain)}
+
+
+def _checksum(plain: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def json_text(plain: Any, indent: str = "") -> str:
@@ -183,11 +194,17 @@ def load_record(path: str | os.PathLike[str]) -> RunRecord:
     Unknown keys are left aside, so that a newer version's records still open.
 
     Raises:
-        ValueError: not JSON, a key is missing, or has the wrong type; names the file and the key.
+        ValueError: not JSON, not what was written, a key is missing, or has the wrong type; names the file
+            and the key.
     """
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(raw).__name__}.")
+    if (seal := raw.pop(_SEAL, None)) is not None and seal != _checksum(raw):
+        raise ValueError(
+            f"{path} is damaged: its content is not what was written; delete it and run that cell again (or "
+            f"remove its key '{_SEAL}', if you changed it yourself)."
+        )
     values = {}
     for f in dataclasses.fields(RunRecord):
         if f.name in raw:

@@ -1,0 +1,164 @@
+"""One evaluation, several processes: each answers its own batches, the first one puts them together.
+
+Batches are a function of the requests alone, so every process has the same ones; number n of a task is
+answered by process n mod R. Each appends to its own log (answers.py), and the first, rank 0,
+reads the others' as it comes to their batches: it waits while they are at work, and answers itself what they
+leave out. So the answers are those of one process, and all that a lost process costs is time.
+
+The other processes need no answer but their own: in the place of foreign ones they get blanks, never wait,
+and end before anything is scored.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dllmq import interrupt
+from dllmq.evaluation.answers import AnswerFolder, AnswerLog, Batch, _is_header, _opened, batch_name
+
+log = logging.getLogger(__name__)
+_BLANKS: dict[str, Any] = {"generate_until": [], "loglikelihood": 0.0, "greedy": False}
+_LONGEST_WAIT = 0.5  # seconds between two looks at another process's log
+
+
+def _nobody(rank: int) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class SharedAnswers(AnswerFolder):
+    """The logs of a task's batches that `size` processes share.
+
+    Attributes:
+        size: how many processes.
+        working: whether the process of a rank is still answering this evaluation; asked by rank 0.
+    """
+
+    size: int = 1
+    working: Callable[[int], bool] = _nobody
+
+    def of(self, task: str) -> SharedLog:
+        assert self.folder is not None, "answers that are shared are in files"
+        file = self.folder / f"{task}.{self.rank}.jsonl"
+        tails = {r: Tail(self.folder / f"{task}.{r}.jsonl", f"{self.key}/{task}") for r in range(self.size)}
+        own = SharedLog(file, f"{self.key}/{task}", shares=self, tails=tails)
+        own.read()
+        return own
+
+
+@dataclass
+class SharedLog(AnswerLog):
+    """An AnswerLog that answers only this process's share.
+
+    Attributes:
+        answered: batches, here and now.
+    """
+
+    answered: int = 0
+    shares: SharedAnswers = field(default_factory=SharedAnswers)
+    tails: dict[int, Tail] = field(default_factory=dict)
+    _given: dict[str, Batch] = field(default_factory=dict)  # by the others; `_known` is of an earlier run
+
+    def batch(
+        self,
+        kind: str,
+        index: int,
+        content: Any,
+        answer: Callable[[], Batch],
+        problems: Sequence[Any] = (),
+    ) -> Batch:
+        name, own = batch_name(kind, index, content), self.shares.rank
+        place = (
+            int(name[:8], 16) if kind == "greedy" else index
+        )  # of those each one is its own batch, number 0
+        owner = place % self.shares.size
+        if owner != own and self.find(name) is None:
+            if own != 0:
+                return Batch([_BLANKS[kind]] * len(problems))
+            if name in self._given or self._wait(name, owner):
+                return self._given[name]
+        self.answered += self.find(name) is None
+        return super().batch(kind, index, content, answer, problems)
+
+    def _wait(self, name: str, owner: int) -> bool:
+        """Until another process has answered a batch; False where it ends without."""
+        pause = 0.01
+        while True:
+            at_work = self.shares.working(owner)  # asked before its log is read for the last time
+            self._given |= self.tails[owner].more()
+            if name in self._given:
+                return True
+            if not at_work:
+                log.warning("process %d left out a batch, which is answered here", owner)
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_WAIT)
+            interrupt.check()
+
+
+@dataclass
+class Tail:
+    """The whole batches of a log that another process is writing, as they come.
+
+    Attributes:
+        file: the log; key: it must have.
+    """
+
+    file: Path
+    key: str
+    _place: int = 0
+    _rows: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
+
+    def more(self) -> dict[str, Batch]:
+        """Batches that are complete since the last call."""
+        found = {}
+        for raw in self._lines():
+            line = _opened(raw)
+            if line is None or "batch" not in line:
+                continue
+            rows = self._rows.setdefault(line["batch"], {})
+            rows[line["row"]] = line
+            if 0 in rows and set(rows) == set(range(rows[0]["of"])):
+                values = [rows[i]["value"] for i in range(len(rows))]
+                found[line["batch"]] = Batch(values, rows[0]["forwards"], rows[0]["seconds"])
+                del self._rows[line["batch"]]
+        return found
+
+    def _lines(self) -> list[bytes]:
+        """The lines that have been finished since; none of a file of another key."""
+        try:
+            with self.file.open("rb") as file:
+                header = file.readline()
+                if not _is_header(header.rstrip(b"\n"), self.key):
+                    return []
+                start = file.seek(max(self._place, len(header)))
+                text = file.read()
+        except OSError:
+            return []
+        end = text.rfind(b"\n") + 1
+        self._place = start + end
+        return text[:end].splitlines()
+
+
+class Answered(Exception):
+    """The requests of a task are answered; nothing is to be scored."""
+
+
+def only_answers(lm: Any) -> Any:
+    """`lm`, which raises Answered where it would give its answers to be scored."""
+
+    def stopping(method: Callable[..., Any]) -> Callable[..., Any]:
+        def answer(*arguments: Any, **named: Any) -> Any:
+            method(*arguments, **named)
+            raise Answered
+
+        return answer
+
+    for name in ("generate_until", "loglikelihood"):
+        setattr(lm, name, stopping(getattr(lm, name)))
+    return lm
