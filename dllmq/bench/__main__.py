@@ -6,8 +6,8 @@
     python -m dllmq.bench generate --shape llada_1b_shape --repeats 5 --out outputs/speed
     python -m dllmq.bench --report outputs/speed  its tables, figures and page again; nothing is measured
 
-Baseline and ours run interleaved in the same process; a ratio above 1 is faster, or smaller. Exit code 1 where
-outputs that must be equal are not.
+Baseline and ours run interleaved in the same process; a ratio above 1 is faster, or smaller. Exit code 1
+where outputs that must be equal are not.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,20 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dllmq.bench import evaluate, generate, linear, machine, memory, quantize
-from dllmq.bench.rows import RESULTS, Section, Sheet, read_sections, to_plain, write_section
+from dllmq.bench.rows import RESULTS, Section, read_sections, to_plain, write_section
+from dllmq.bench.sections import SECTIONS, SHAPELESS, run_section
 from dllmq.bench.shapes import DTYPES, SHAPES, Setup, check_room, default_dtype
-from dllmq.bench.table import LEGEND, amount, cells, machine_line, markdown, title
-from dllmq.report.results import write_text_atomic
-
-SECTIONS: dict[str, Callable[[Setup, Sheet], None]] = {
-    "generate": generate.measure,
-    "quantize": quantize.measure,
-    "linear": linear.measure,
-    "evaluate": evaluate.measure,
-    "memory": memory.measure,
-}
-SHAPELESS = {"linear": "linears of LLaDA-8B", "quantize": "matrices of LLaDA-8B"}  # sizes of their own
+from dllmq.bench.study import write_study, write_tables
+from dllmq.bench.table import LEGEND, amount, cells, machine_line, remarks, title
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -47,26 +37,17 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m dllmq.bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (all of them)")
-    parser.add_argument(
-        "--shape", default="mini", help=f"the model, or several with commas: {', '.join(SHAPES)}"
-    )
-    parser.add_argument("--repeats", type=int, help="rounds of each comparison (5; quick: 1)")
-    parser.add_argument(
-        "--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1 ..."
-    )
-    parser.add_argument(
-        "--dtype", default="auto", help="auto (mini: float32, others: bfloat16), float32, bfloat16"
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads (torch's own choice)")
-    parser.add_argument(
-        "--out", type=Path, help="folder for results.json, table.md and figures; adds to what it has"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--quick", action="store_true", help="toy sizes: seconds, and no measurement")
-    parser.add_argument(
-        "--report", type=Path, metavar="FOLDER", help="write a folder's tables and page again"
-    )
+    add = parser.add_argument
+    add("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (all of them)")
+    add("--shape", default="mini", help=f"the model, several with commas: {', '.join(SHAPES)}")
+    add("--repeats", type=int, help="rounds of each comparison (5; quick: 1)")
+    add("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1 ...")
+    add("--dtype", default="auto", help="auto (mini: float32, others: bfloat16), float32, bfloat16")
+    add("--threads", type=int, help="CPU threads (torch's own choice)")
+    add("--out", type=Path, help="folder for results.json, table.md, figures; adds to what it has")
+    add("--json", action="store_true", help="print JSON instead of tables")
+    add("--quick", action="store_true", help="toy sizes: seconds, and no measurement")
+    add("--report", type=Path, metavar="FOLDER", help="write a folder's tables and page again")
     args = parser.parse_args(argv)
     args.command = " ".join(["python -m dllmq.bench", *map(shlex.quote, argv)])
     return args
@@ -97,9 +78,9 @@ def setups(args: argparse.Namespace) -> list[tuple[str, Setup]]:
     for name in args.sections or SECTIONS:
         for shape in shapes[:1] if name in SHAPELESS else shapes:
             dtype = DTYPES[default_dtype(shape) if args.dtype == "auto" else args.dtype]
-            if name in SHAPELESS:
-                dtype = torch.bfloat16 if args.dtype == "auto" else dtype
-            else:
+            if name in (*SHAPELESS, "memory") and args.dtype == "auto":
+                dtype = torch.bfloat16
+            if name not in SHAPELESS:
                 check_room(shape, device, dtype)
             found.append((name, Setup(shape, device, dtype, repeats, args.quick)))
     return found
@@ -124,51 +105,26 @@ def device_of(text: str) -> torch.device:
         raise ValueError(f"unknown --device {text!r}: use auto, cpu, cuda or cuda:<index>.") from None
 
 
-def run_section(
-    name: str, setup: Setup, command: str, out: Path | None, log: Callable[[str], None]
-) -> Section:
-    """Measures a section; results.json is written after every row, so that what is measured is not lost."""
-
-    def section(sheet: Sheet) -> Section:
-        shape = SHAPELESS.get(name, f"{setup.shape} {setup.dtype_name}")
-        date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-        rows, left_out = tuple(sheet.rows), tuple(sheet.left_out)
-        about = machine.describe(setup.device)
-        return Section(name, shape, setup.quick, command, date, about, rows, left_out)
-
-    def changed(sheet: Sheet) -> None:
-        if out is not None:
-            write_section(out / RESULTS, section(sheet))
-        log(" | ".join(cells(sheet.rows[-1])[:6]) if sheet.rows else "")
-
-    sheet = Sheet(changed)
-    log(f"{name}, {setup.shape} ...")
-    SECTIONS[name](setup, sheet)
-    return section(sheet)
-
-
 def draw(console: Console, section: Section) -> None:
-    """A section on the terminal, readable at 80 columns: what and its size below one another, then figures."""
-    table = Table(title=title(section), title_justify="left", title_style="bold", show_lines=False)
+    """A section on the terminal, readable at 80 columns: sizes and names below what was compared."""
+    table = Table(title=title(section), title_justify="left", title_style="bold")
     table.add_column("what", ratio=1)
     for name in ("baseline", "ours", "ratio", "equal"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in section.rows:
         what, size, _, _, found, span, equal, note = cells(row)
         against = f"{row.baseline} : {row.ours}" if row.baseline else row.ours
-        text = Text(what, style="bold").append(
-            "\n" + "\n".join(filter(None, [size, against, note])), style="not bold dim"
-        )
+        small = "\n".join(filter(None, [size, against, note]))
+        text = Text(what, style="bold").append(f"\n{small}", style="not bold dim")
         figures = [amount(row.baseline_value, row.unit), amount(row.ours_value, row.unit)]
         spread = found if span == "-" else f"{found}\n{span}"
-        table.add_row(
-            text, *figures, spread, equal.replace(" (", "\n("), style="red" if row.equal is False else None
-        )
+        style = "red" if row.equal is False else None
+        table.add_row(text, *figures, spread, equal.replace(" (", "\n("), style=style)
     if section.rows:
         console.print(table)
     else:
         console.print(title(section), style="bold", markup=False)
-    for sentence in section.left_out:
+    for sentence in [*remarks(section), *section.left_out]:
         console.print(f"- {sentence}", markup=False, highlight=False)
     console.print(machine_line(section), markup=False, highlight=False, style="dim")
 
@@ -176,8 +132,6 @@ def draw(console: Console, section: Section) -> None:
 def run(args: argparse.Namespace, console: Console, errors: Console) -> int:
     """Measures what is asked for; 1 where a claim of equality failed."""
     if args.report is not None:
-        from dllmq.bench.study import write_study
-
         console.print(write_study(args.report), markup=False, highlight=False, soft_wrap=True)
         return int(any(section.unequal for section in read_sections(args.report / RESULTS)))
     plan = setups(args)
@@ -185,7 +139,7 @@ def run(args: argparse.Namespace, console: Console, errors: Console) -> int:
         torch.set_num_threads(args.threads)
 
     def log(line: str) -> None:
-        if errors.is_terminal and line:
+        if errors.is_terminal:
             errors.print(line, markup=False, highlight=False, style="dim")
 
     sections = [run_section(name, setup, args.command, args.out, log) for name, setup in plan]
@@ -196,18 +150,10 @@ def run(args: argparse.Namespace, console: Console, errors: Console) -> int:
             draw(console, section)
         console.print(LEGEND.replace("*", ""), markup=False, highlight=False, style="dim")
     if args.out is not None:
-        write_out(args.out, sections)
+        for section in sections:
+            write_section(args.out / RESULTS, section)
+        write_tables(args.out)
     return int(any(section.unequal for section in sections))
-
-
-def write_out(folder: Path, sections: list[Section]) -> None:
-    """results.json, table.md and the figures; sections measured earlier into the folder stay."""
-    for section in sections:
-        kept = write_section(folder / RESULTS, section)
-    write_text_atomic(folder / "table.md", markdown(kept))
-    from dllmq.bench.figure import write_figures
-
-    write_figures(kept, folder / "figures")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,6 +26,7 @@ from dllmq.evaluation.tasks import EvalResult, score_task
 from dllmq.models.tokenizer import load_tokenizer
 
 TASK, PROBLEMS, BATCH = "mini_gsm", 32, 16
+SINGLE, FULL = "plain loop, one prompt at a time", "plain loop, full batches"
 SCORE = "exact_match,flexible-extract"
 
 
@@ -49,27 +50,23 @@ def measure(setup: Setup, sheet: Sheet) -> None:
             return score_task(make(model, tokenizer, settings), TASK, count, Path(folder), settings)
 
         ways = lms()
-        runs = {name: (lambda make=make: run(make)) for name, make in ways.items()}  # type: ignore[misc]
+        runs = {name: (lambda make=make: run(make)) for name, make in ways.items()}
         with torch.no_grad():
             found = interleaved(runs, setup.repeats, setup.device)
     ours = found["dllmq"]
     for key, name in (
-        ("evaluate.single", "plain, one prompt at a time"),
-        ("evaluate.batch", "plain, full batches"),
+        ("evaluate.single", SINGLE),
+        ("evaluate.batch", FULL),
     ):
         base = found[name]
+        theirs, mine = answers(base.output), answers(ours.output)
         row = timed_row(
-            key, "mini_gsm end to end", f"{count} problems, batch {batch}, {setup.dtype_name}", (name, "dllmq"),
-            (base, ours), equal=answers(base.output) == answers(ours.output) if _claims(setup) else None,
-            share=share_of(answers(base.output), answers(ours.output)), note="equal: every answer",
+            key, "mini_gsm end to end", f"{count} problems, batch {batch}", (name, "dllmq"),
+            (base, ours), equal=theirs == mine if setup.dtype == torch.float32 else None,
+            share=share_of(theirs, mine),
             numbers={"score": score(ours.output), "baseline_score": score(base.output)},
         )  # fmt: skip
         sheet.add(row)
-
-
-def _claims(setup: Setup) -> bool:
-    """Whether answers must be equal: in bfloat16 ties and batches decide them."""
-    return setup.dtype == torch.float32
 
 
 def answers(result: EvalResult) -> list[str]:
@@ -129,7 +126,7 @@ def lms() -> dict[str, Callable[..., Any]]:
     from dllmq.evaluation.harness import DiffusionLM
 
     return {
-        "plain, one prompt at a time": PlainLoop(1),
-        "plain, full batches": PlainLoop(None),
+        SINGLE: PlainLoop(1),
+        FULL: PlainLoop(None),
         "dllmq": DiffusionLM,
     }

@@ -26,8 +26,8 @@ def write_figures(sections: Sequence[Section], folder: Path) -> list[Path]:
     return made
 
 
-def _draw(rows: Sequence[Row], section: Section):  # type: ignore[no-untyped-def]  # matplotlib is imported late
-    from matplotlib.ticker import NullFormatter
+def _draw(rows: Sequence[Row], section: Section):  # matplotlib is imported late
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     from dllmq.report.plot_style import INK, PALETTE, PAPER, WIDTH, figure_with
 
@@ -39,10 +39,19 @@ def _draw(rows: Sequence[Row], section: Section):  # type: ignore[no-untyped-def
         filled = "approximate" not in row.note
         axis.plot(row.ratio, i, "o", color=color, markersize=5, markerfacecolor=color if filled else PAPER)
         text = f"{row.ratio:.2f}"
-        axis.annotate(text, (row.high, i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
+        axis.annotate(
+            text,
+            (row.high, i),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            bbox={"boxstyle": "square,pad=0.1", "facecolor": PAPER, "edgecolor": "none"},
+        )
     axis.axvline(1, color=INK, linewidth=0.8)
     axis.set_xscale("log")
     axis.set_xlim(min(0.8, *(r.low * 0.85 for r in rows)), max(1.4, *(r.high * 1.5 for r in rows)))  # type: ignore[operator]
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_yticks(range(len(rows)), [label(row, rows) for row in rows])

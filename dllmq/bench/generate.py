@@ -1,9 +1,9 @@
-"""Section `generate`: the plain loop against ours; full precision against packed widths; caches and thresholds.
+"""Section `generate`: the plain loop against ours; full precision against packed widths; caches, thresholds.
 
 Exact rows claim equal tokens where the model is float32. In bfloat16 many confidences are exactly equal and
-their order is the softmax's rounding, so the share of equal tokens is shown and nothing is claimed. Widths are
-rounded to nearest (the values do not change the time), inputs quantized by token, the attention product left
-in full precision.
+their order is the softmax's rounding, so the share of equal tokens is shown and nothing is claimed. Widths
+are rounded to nearest (the values do not change the time), inputs quantized by token, the attention product
+left in full precision.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ def measure(setup: Setup, sheet: Sheet) -> None:
     for batch in batch_sizes(setup):
         loops(setup, sheet, model, work(setup, batch))
     for name in WIDTHS:
-        packed = packed_copy(model, name, sheet)
-        if packed is not None:
+        packed = copy.deepcopy(model)
+        quantize_in_place(packed, name)
+        if packs(packed, name, sheet):
             for batch in batch_sizes(setup):
                 widths(setup, sheet, (model, packed), work(setup, batch), name)
         del packed
@@ -60,21 +61,19 @@ def loops(setup: Setup, sheet: Sheet, model: Any, job: Work) -> None:
         runs[variant.key] = lambda own=variant.sampler: generate(model, job.prompts, own, job.mask)  # type: ignore[misc]
     with torch.no_grad():
         found = interleaved(runs, setup.repeats, setup.device)
-    shape = f"{setup.shape} {setup.dtype_name}, {job.name}"
     plain, exact = found["plain"], found["exact"]
-    sheet.add(exact_row(setup, shape, (plain, exact), job))
+    sheet.add(exact_row(setup, (plain, exact), job))
     for variant in variants(setup, job.sampler, sheet):
-        sheet.add(approximate_row(variant, shape, (exact, found[variant.key]), job))
+        sheet.add(approximate_row(variant, (exact, found[variant.key]), job))
 
 
-def exact_row(setup: Setup, shape: str, pair: tuple[Measured, Measured], job: Work) -> Row:
+def exact_row(setup: Setup, pair: tuple[Measured, Measured], job: Work) -> Row:
     """Plain loop -> ours; equality is claimed in float32."""
     share = token_share(pair[0].output, pair[1].output, job)
     claimed = setup.dtype == torch.float32
     return timed_row(
-        "generate.exact", "exact generation", shape, ("plain loop", "dllmq"), pair,
+        "generate.exact", "exact generation", job.name, ("plain loop", "dllmq"), pair,
         equal=share == 1.0 if claimed else None, share=share, numbers=forwards(pair),
-        note="" if claimed else "bfloat16: ties, equality not claimed",
     )  # fmt: skip
 
 
@@ -94,12 +93,13 @@ def variants(setup: Setup, sampler: SamplerConfig, sheet: Sheet) -> list[Variant
         ("dual", "dual cache", {"cache": "dual"}),
     ]
     if setup.shape == "mini":
+        both = {"cache": "dual", "threshold": THRESHOLD}
         wanted += [
             ("threshold", f"threshold {THRESHOLD}", {"threshold": THRESHOLD}),
             (
                 "dual_threshold",
                 f"dual cache, threshold {THRESHOLD}",
-                {"cache": "dual", "threshold": THRESHOLD},
+                both,
             ),
         ]
     else:
@@ -113,11 +113,11 @@ def variants(setup: Setup, sampler: SamplerConfig, sheet: Sheet) -> list[Variant
     return found
 
 
-def approximate_row(variant: Variant, shape: str, pair: tuple[Measured, Measured], job: Work) -> Row:
+def approximate_row(variant: Variant, pair: tuple[Measured, Measured], job: Work) -> Row:
     """Ours exact -> ours with a cache or a threshold."""
     share = token_share(pair[0].output, pair[1].output, job)
     return timed_row(
-        f"generate.{variant.key}", variant.what, shape, ("dllmq, exact", variant.what), pair,
+        f"generate.{variant.key}", variant.what, job.name, ("dllmq, exact", variant.what), pair,
         share=share, note=APPROXIMATE, numbers=forwards(pair),
     )  # fmt: skip
 
@@ -134,35 +134,33 @@ def widths(setup: Setup, sheet: Sheet, models: tuple[Any, Any], job: Work, name:
     pair = found[setup.dtype_name], found[name]
     trained = setup.shape == "mini"
     row = timed_row(
-        f"generate.{name}", f"{name} packed", f"{setup.shape} {setup.dtype_name}, {job.name}",
+        f"generate.{name}", f"{name} packed", job.name,
         (f"dllmq, {setup.dtype_name}", f"dllmq, {name} packed"), pair,
         share=token_share(pair[0].output, pair[1].output, job) if trained else None,
-        note="quantized (round to nearest)", numbers=forwards(pair),
+        numbers=forwards(pair),
     )  # fmt: skip
     sheet.add(row)
 
 
-def packed_copy(model: Any, bits: str, sheet: Sheet) -> Any:
-    """A quantized copy on the packed backend; None, and a sentence, where there is no such backend here."""
-    own = quantized_copy(model, bits)
+def packs(model: Any, bits: str, sheet: Sheet) -> bool:
+    """Changes a quantized model to the packed backend; or says that there is none for it here."""
     try:
-        set_backend(own, "packed")
+        set_backend(model, "packed")
     except ValueError as error:
         sheet.leave_out(f"Not measured, {bits} packed: {error}")
-        return None
-    return own
+        return False
+    return True
 
 
-def quantized_copy(model: Any, bits: str, compact: bool = False) -> Any:
-    """A copy of the model, rounded to nearest: one scale per output channel and per token.
+def quantize_in_place(model: Any, bits: str, compact: bool = False) -> None:
+    """Rounds a model to nearest: one scale per output channel and per token.
 
     compact: it keeps packed codes alone.
     """
-    own, width = copy.deepcopy(model), Bits.parse(bits)
+    width = Bits.parse(bits)
     inputs = None if width.activation == FULL_PRECISION_BITS else Grid(width.activation)
     recipe = Recipe(RTN(), Grid(width.weight), inputs)
-    quantize(own, [], recipe, states=[toy_state(model)], compact=compact)
-    return own
+    quantize(model, [], recipe, states=[toy_state(model)], compact=compact)
 
 
 def toy_state(model: Any) -> CalibrationState:

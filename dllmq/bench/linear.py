@@ -1,8 +1,8 @@
 """Section `linear`: one linear of LLaDA-8B's sizes, bf16 `F.linear` against QuantLinear, packed and fake.
 
 A packed product is checked against the definition y = Q_a(x) Deq(Q_w)^T in float64: its output may differ by
-the rounding to bfloat16 and of the fp32 scalings, EXACT times the largest |y|. (That the integer sums are exact
-is tested in tests/kernels.)
+the rounding to bfloat16 and of the fp32 scalings, EXACT times the largest |y|. (That the integer sums are
+exact is tested in tests/kernels.)
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def compare(
         timed_row(
             f"linear.{case.bits}", f"{case.bits} linear", f"{case.T} x {case.I} -> {case.O}",
             ("bf16 F.linear", f"{case.bits} packed"), (found["bf16"], found["packed"]),
-            equal=is_exact(packed, x, found["packed"].output), note="equal: to the definition in float64",
+            equal=is_exact(packed, x, found["packed"].output),
             numbers={"fake_s": found["fake"].median},
         )
     )  # fmt: skip

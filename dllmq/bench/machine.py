@@ -24,7 +24,7 @@ FLAGS = (
     "avx512_bf16",
     "avx512_vnni",
     "avx_vnni",
-)  # that low-bit products are made of
+)  # of low-bit products
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -116,14 +116,6 @@ def _storage(t: Tensor) -> tuple[int, int]:
         return storage.data_ptr(), storage.nbytes()
     except (RuntimeError, NotImplementedError):
         return id(t), t.numel() * t.element_size()
-
-
-def resident_bytes(device: torch.device) -> int | None:
-    """Memory in use now: of the GPU's allocator, or anonymous memory of the process (None: unknown)."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    _trim()
-    return _status("RssAnon")
 
 
 def reset_peak(device: torch.device) -> None:

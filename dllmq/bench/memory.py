@@ -1,6 +1,6 @@
 """Section `memory`: bytes that the weights take and the peak of a forward, a process of its own for each row.
 
-    python -m dllmq.bench.memory <shape> <format> <device> <dtype> <threads> <quick>      prints one row's JSON
+    python -m dllmq.bench.memory <shape> <format> <device> <dtype> <threads> <quick>      one row's JSON
 
 `weights` are all tensors the model holds, embedding and head (never quantized) included, each storage once.
 `peak` is the most since the model was ready, in one forward over the canvas: of the GPU's allocator, or the
@@ -17,35 +17,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from dllmq.bench import machine
-from dllmq.bench.generate import packed_copy, quantized_copy
+from dllmq.bench.generate import packs, quantize_in_place
 from dllmq.bench.rows import Row, Sheet
 from dllmq.bench.shapes import DTYPES, Setup, build, check_room, work
 from dllmq.pipeline import weight_bytes
 
 FORMATS = ("w8a8", "w4a8", "w4a4", "w4a16", "w4a16 compact")
-COMPACT = (
-    " compact"  # codes alone, made into weights in each product: what memory=auto does where room is short
-)
+COMPACT = " compact"  # codes alone, made into weights in each product
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def measure(setup: Setup, sheet: Sheet) -> None:
     """Adds the section's rows."""
     check_room(setup.shape, setup.device, setup.dtype)
-    full = in_process(setup, setup.dtype_name)
-    for name in FORMATS[:2] if setup.quick else FORMATS:
-        add_rows(setup, sheet, name, full, in_process(setup, name))
+    # a GPU's allocator starts over in this process, the resident set of a process does not
+    own = measured if setup.device.type == "cuda" else in_process
+    full = own(setup, setup.dtype_name)
+    for name in FORMATS[:1] if setup.quick else FORMATS:
+        add_rows(sheet, (setup.dtype_name, name), full, own(setup, name))
 
 
-def add_rows(setup: Setup, sheet: Sheet, name: str, full: dict[str, Any], found: dict[str, Any]) -> None:
+def add_rows(sheet: Sheet, formats: tuple[str, str], full: dict[str, Any], found: dict[str, Any]) -> None:
     """Two rows of a format: all weights, and the peak; or why there are none."""
+    name = formats[1]
     if "left_out" in found:
         sheet.leave_out(found["left_out"])
         return
-    shape = f"{setup.shape} {setup.dtype_name}"
-    names = (setup.dtype_name, name if name.endswith(COMPACT) else f"{name} packed")
+    names = (formats[0], name if name.endswith(COMPACT) else f"{name} packed")
     other = full["other_bytes"]
     blocks = (full["held_bytes"] - other) / max(1, found["held_bytes"] - found["other_bytes"])
     numbers = {"without_embedding_and_head": blocks, "stored_bytes": found["stored_bytes"]}
@@ -58,11 +59,13 @@ def add_rows(setup: Setup, sheet: Sheet, name: str, full: dict[str, Any], found:
             continue
         ratio = full[field] / found[field]
         own = numbers if field == "held_bytes" else {}
-        note = f"{blocks:.2f} without embedding and head" if own else found["canvas"]
-        sheet.add(
-            Row(f"{key}_{name}", what, shape, *names, "B", full[field], found[field], ratio, ratio, ratio, 1,
-                note=note, numbers=own)
+        note = f"{blocks:.2f} x without embedding and head" if own else ""
+        size = "" if own else found["canvas"]
+        row = Row(
+            f"{key}_{name}", what, size, *names, "B", full[field], found[field], ratio, ratio, ratio, 1,
+            note=note, numbers=own,
         )  # fmt: skip
+        sheet.add(row)
 
 
 def in_process(setup: Setup, name: str) -> dict[str, Any]:
@@ -71,15 +74,9 @@ def in_process(setup: Setup, name: str) -> dict[str, Any]:
     Raises:
         ValueError: it failed; its last line.
     """
-    words = [
-        setup.shape,
-        name,
-        str(setup.device),
-        setup.dtype_name,
-        torch.get_num_threads(),
-        int(setup.quick),
-    ]
-    command = [sys.executable, "-m", "dllmq.bench.memory", *map(str, words)]
+    words = [setup.shape, name, str(setup.device), setup.dtype_name]
+    words += [str(torch.get_num_threads()), str(int(setup.quick))]
+    command = [sys.executable, "-m", "dllmq.bench.memory", *words]
     paths = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -92,23 +89,18 @@ def in_process(setup: Setup, name: str) -> dict[str, Any]:
 
 def measured(setup: Setup, name: str) -> dict[str, Any]:
     """Of one format, in this process."""
-    device, sheet = setup.device, Sheet()
-    model = build(setup.shape, device, setup.dtype)
-    if name.endswith(COMPACT):
-        model = quantized_copy(model, name.removesuffix(COMPACT), compact=True)
-    elif name != setup.dtype_name:
-        model = packed_copy(model, name, sheet)
-    if model is None:
-        return {"left_out": sheet.left_out[0]}
+    sheet, model = Sheet(), build(setup.shape, setup.device, setup.dtype)
+    if name != setup.dtype_name:
+        quantize_in_place(model, name.removesuffix(COMPACT), compact=name.endswith(COMPACT))
+        if not name.endswith(COMPACT) and not packs(model, name, sheet):
+            return {"left_out": sheet.left_out[0]}
     return of_model(model, setup)
 
 
 def of_model(model: Any, setup: Setup) -> dict[str, Any]:
     """Bytes held, and the peak of one forward of the (first) batch's canvas."""
     job = work(setup, 1)
-    canvas = torch.nn.functional.pad(
-        job.prompts, (0, job.sampler.gen_length), value=model.config.mask_token_id
-    )
+    canvas = F.pad(job.prompts, (0, job.sampler.gen_length), value=model.config.mask_token_id)
     with torch.no_grad():
         model.hidden_states(canvas)
         machine.reset_peak(setup.device)
@@ -118,9 +110,8 @@ def of_model(model: Any, setup: Setup) -> dict[str, Any]:
         "held_bytes": held,
         "other_bytes": held - machine.held_bytes(model.blocks),
         "stored_bytes": weight_bytes(model),
-        "resident_bytes": machine.resident_bytes(setup.device),
         "peak_bytes": machine.peak_bytes(setup.device),
-        "canvas": f"{canvas.shape[0]} x {canvas.shape[1]} tokens, libraries included",
+        "canvas": f"{canvas.shape[0]} x {canvas.shape[1]} tokens",
     }
 
 

@@ -35,8 +35,7 @@ from dllmq.techniques.iaaq import IAAQ
 from dllmq.techniques.tmas import TMAS
 
 CODES, LOSS = 0.999, 1e-3
-GRID = Grid(4)
-BITS, NUM_EXPONENTS = 4, 20
+GRID, NUM_EXPONENTS = Grid(4), 20
 SIZE, TOKENS, BATCHES = 4096, 512, 4  # of the solver's matrix; of the Gram matrix's inputs
 METHODS: dict[str, Method] = {"gptq": GPTQ(), "awq": AWQ()}
 
@@ -92,7 +91,7 @@ def codes_row(key: str, what: str, pair: tuple[Measured, Measured], W: Tensor, H
     equal = share >= CODES and abs(losses[0] - losses[1]) <= LOSS * losses[0]
     return timed_row(
         key, what, f"{size} x {size} float32, w4", ("textbook", "dllmq"), pair, equal, share,
-        note=f"equal: {100 * CODES:g} % of the codes, the objective within {LOSS:g}",
+        
         numbers={"baseline_loss": losses[0], "loss": losses[1]},
     )  # fmt: skip
 
@@ -110,7 +109,7 @@ def factor_row(theirs: Measured, ours: Measured, size: int) -> Row:
     return timed_row(
         "quantize.factor", "factor of the inverse Hessian", f"{size} x {size} float32",
         ("textbook", "dllmq"), (theirs, ours), equal=difference < 1e-3,
-        note="equal: within 0.001 of the largest entry", numbers={"difference": difference},
+         numbers={"difference": difference},
     )  # fmt: skip
 
 
@@ -133,7 +132,7 @@ def gram(setup: Setup, sheet: Sheet, size: int) -> None:
 
     flat = [X.flatten(0, 1) for X in inputs]
     runs: dict[str, Callable[[], Tensor]] = {
-        "theirs": lambda: [textbook_gptq.running_gram(flat) for _ in ("q", "k", "v")][0],
+        "theirs": lambda: [textbook_gptq.running_gram(flat) for _ in ("q", "k", "v")][-1],
         "one": lambda: textbook_gptq.running_gram(flat),
         "ours": ours,
     }
@@ -147,7 +146,7 @@ def gram(setup: Setup, sheet: Sheet, size: int) -> None:
     ):
         row = timed_row(
             key, what, name, ("textbook", "dllmq"), (found[baseline], found["ours"]), difference < 1e-2,
-            note="equal: within 0.01 of the largest entry", numbers={"difference": difference},
+             numbers={"difference": difference},
         )  # fmt: skip
         sheet.add(row)
 
@@ -179,7 +178,7 @@ def awq_grid(setup: Setup, sheet: Sheet) -> None:
         made = timed_row(
             f"quantize.awq_{row.name}", f"AWQ's grid of {row.name}",
             f"block of {shape}, 2 x {length} tokens, {setup.dtype_name}", ("module run each time", "dllmq"),
-            (found["theirs"], found["ours"]), equal=theirs == ours, note="equal: the exponent",
+            (found["theirs"], found["ours"]), equal=theirs == ours,
             numbers={"baseline_exponent": theirs, "exponent": ours},
         )  # fmt: skip
         sheet.add(made)
@@ -204,21 +203,22 @@ def textbook_ratio(group: LinearGroup, inputs: list[GroupInput]) -> float:
 
 
 def whole_block(setup: Setup, sheet: Sheet) -> None:
-    """A model of one LLaDA-8B block, everything on, from its trajectories to its codes; once, no ratio.
+    """LLaDA-8B, everything on, from its trajectories to its codes; once, no ratio.
 
-    All 32 blocks are measured by experiments/speed/gpu.py, where there is a GPU: one block times 32 is no
-    measurement.
+    All 32 blocks on a GPU with shape llada_8b_shape, else a model of one: its seconds times 32 are not those
+    of the whole, and are not printed.
     """
     shape = "tiny" if setup.quick else "llada_8b_shape"
-    if setup.device.type != "cuda" and not setup.quick:
-        sheet.leave_out("All 32 blocks of LLaDA-8B are measured on a GPU only (experiments/speed/gpu.py).")
+    whole = setup.device.type == "cuda" and setup.shape == "llada_8b_shape"
+    if not whole and not setup.quick:
+        sheet.leave_out("All 32 blocks of LLaDA-8B: measured on a GPU, with --shape llada_8b_shape.")
     try:
         check_room("llada_1b_shape" if shape == "llada_8b_shape" else shape, setup.device, torch.float32)
     except ValueError as error:
         sheet.leave_out(f"Not measured, a block of llada_8b_shape: {error}")
         return
     for method in METHODS:
-        sheet.add(end_to_end(setup, shape, method, blocks=1))
+        sheet.add(end_to_end(setup, shape, method, blocks=None if whole else 1))
 
 
 def end_to_end(setup: Setup, shape: str, method: str, blocks: int | None) -> Row:
@@ -249,7 +249,7 @@ def everything_on(method: Method, setup: Setup) -> Recipe:
     on_gpu = setup.device.type == "cuda"
     length = 8 if setup.quick else 64 if on_gpu else 32
     return Recipe(
-        method, Grid(BITS), Grid(BITS), AttentionGrids(P=Grid(BITS), V=Grid(BITS)), TMAS(), CGQ(), IAAQ, "iaaq",
+        method, GRID, GRID, AttentionGrids(P=GRID, V=GRID), TMAS(), CGQ(), IAAQ, "iaaq",
         num_states=4 if setup.quick else 128 if on_gpu else 16, batch_size=2 if setup.quick else 16,
         sampler=SamplerConfig(gen_length=length, steps=length // (2 if on_gpu else 1), block_length=length),
     )  # fmt: skip

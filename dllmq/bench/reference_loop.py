@@ -1,8 +1,8 @@
 """The plain loop that generation is compared with: ML-GSAI/LLaDA `generate.py`, written down step by step.
 
 Every step runs the transformer and the LM head over the whole canvas, takes a softmax over the whole
-vocabulary at every position, and commits the most confident masks of the current block, row by row. Nothing is
-skipped and no row leaves. Logits are of the model's dtype, and so is the softmax (the code published since
+vocabulary at every position, and commits the most confident masks of the current block, row by row. Nothing
+is skipped and no row leaves. Logits are of the model's dtype, and so is the softmax (the code published since
 October 2025); `confidence` = float64 is what its first version and Fast-dLLM do. Noise is drawn in float64.
 
 One thing is settled that the published code leaves to `torch.topk`: of equal confidences the leftmost counts

@@ -1,6 +1,6 @@
 """What a comparison leaves behind (Row), and results.json: the sections with their machine and command.
 
-    {"format": 1, "sections": [{"section", "shape", "quick", "command", "date", "machine", "rows", "left_out"}]}
+    {"format": 1, "sections": [{section, shape, quick, command, date, machine, rows, left_out}, ...]}
 
 A section is identified by its name, shape and device: measured again into the same file, it replaces itself
 and leaves the others alone, so a long measurement can be made in parts.
@@ -9,7 +9,6 @@ and leaves the others alone, so a long measurement can be made in parts.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -161,7 +160,3 @@ def to_plain(sections: list[Section]) -> dict[str, Any]:
     plain = {"format": FORMAT, "sections": [asdict(s) for s in sections]}
     json.dumps(plain, allow_nan=False)  # a NaN is a mistake of the bench, and raises here
     return plain
-
-
-def finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -1,9 +1,10 @@
 """The models that are measured, made in memory.
 
     mini             the embedded model (3.6 M parameters), trained; float32
-    llada_1b_shape   random weights: d 2048, 22 blocks, 32 heads with 4 for keys and values, MLP 5632, vocabulary
-                     126,464, after the 1B model of LLaDA's scaling study (arXiv 2502.09992, appendix; its MLP of
-                     5634 is divided by no group size): 1.49 B parameters, 0.52 B of them in embedding and head
+    llada_1b_shape   random weights after the 1B model of LLaDA's scaling study (arXiv 2502.09992, appendix):
+                     d 2048, 22 blocks, 32 heads with 4 for keys and values, vocabulary 126,464; an MLP of
+                     5632 for its 5634, which no group size divides. 1.49 B parameters, 0.52 B of them in
+                     embedding and head
     llada_8b_shape   random weights of LLaDA-8B's sizes: 8.02 B parameters; on a GPU only
     tiny             random weights of a toy, to try the bench out: no measurement
 
@@ -27,7 +28,7 @@ from dllmq.models.loading import load_model, read_config, skeleton
 from dllmq.models.memory import free_memory
 
 EMBEDDED = Path(dllmq.mini.__file__).parent / "weights"
-_PUBLISHED: dict[str, int] = dict(vocab_size=126464, mask_token_id=126336, eos_token_id=126081)
+_PUBLISHED: dict[str, Any] = dict(vocab_size=126464, mask_token_id=126336, eos_token_id=126081)
 CONFIGS = {
     "tiny": LLaDAConfig(
         d_model=64, n_layers=2, n_heads=4, mlp_hidden_size=128, vocab_size=512, mask_token_id=511,

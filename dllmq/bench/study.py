@@ -1,4 +1,4 @@
-"""experiments/speed/README.md, made from results.json: the question, the commands, the targets and the verdict.
+"""experiments/speed/README.md, made from results.json: question, commands, targets, verdict.
 
     python -m dllmq.bench --report experiments/speed
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from dllmq.bench.figure import write_figures
@@ -55,32 +56,53 @@ class Target:
 
 ONE_B, EIGHT_B = "llada_1b_shape", "llada_8b_shape"
 TARGETS = (
-    Target("exact generation 2 x the plain loop, CPU with AMX, 1B shape, batch 8", "generate.exact", "cpu", 2.0,
-           shape=ONE_B, within="batch 8"),
-    Target("exact generation 3 x the plain loop, H200, 8B shape, batch 1", "generate.exact", "cuda", 3.0,
-           shape=EIGHT_B, within="batch 1,"),
-    Target("dual cache with threshold 0.9: 5 x more (embedded model)", "generate.dual_threshold", "cpu", 5.0,
-           shape="mini"),
+    Target(
+        "exact generation 2 x the plain loop, CPU with AMX, 1B shape, batch 8",
+        "generate.exact", "cpu", 2.0, shape=ONE_B, within="batch 8",
+    ),
+    Target(
+        "exact generation 3 x the plain loop, H200, 8B shape, batch 1",
+        "generate.exact", "cuda", 3.0, shape=EIGHT_B, within="batch 1,",
+    ),
+    Target(
+        "dual cache with threshold 0.9: 5 x more (embedded model)",
+        "generate.dual_threshold", "cpu", 5.0, shape="mini",
+    ),
     Target("GPTQ's columns 5 x the authors' loop, 4096 x 4096 float32, CPU", "quantize.loop", "cpu", 5.0),
-    Target("GPTQ with the factorization 2.5 x, CPU", "quantize.gptq", "cpu", 2.5),
-    Target("GPTQ with the factorization 10 x, GPU", "quantize.gptq", "cuda", 10.0),
-    Target("LLaDA-8B, everything on, under 3 minutes on an H200", "quantize.gptq_blocks", "cuda", most=180.0,
-           within="32 blocks"),
-    Target("W8A8 1.5 x bf16, CPU, 256 tokens, 4096 -> 12288", "linear.w8a8", "cpu", 1.5, within="256 x 4096"),
-    Target("W8A8 1.5 x bf16, CPU, 1024 tokens, 4096 -> 12288", "linear.w8a8", "cpu", 1.5, within="1024 x 4096"),
-    Target("W4A8 1.8 x bf16 end to end, H200, batch 16", "generate.w4a8", "cuda", 1.8, shape=EIGHT_B,
-           within="batch 16"),
-    Target("W4A4 1.8 x bf16 end to end, H200, batch 16", "generate.w4a4", "cuda", 1.8, shape=EIGHT_B,
-           within="batch 16"),
-    Target("W4A8 in 1/3.4 of the memory of bf16's weights, embedding and head included", "memory.weights_w4a8",
-           "cuda", 3.4, shape=EIGHT_B),
+    Target("GPTQ with its factorization 2.5 x, CPU", "quantize.gptq", "cpu", 2.5),
+    Target("GPTQ with its factorization 10 x, GPU", "quantize.gptq", "cuda", 10.0),
+    Target(
+        "LLaDA-8B, everything on, under 3 minutes on an H200",
+        "quantize.gptq_blocks", "cuda", most=180.0, within="32 blocks",
+    ),
+    Target(
+        "W8A8 1.5 x bf16, CPU, 256 tokens, 4096 -> 12288",
+        "linear.w8a8", "cpu", 1.5, within="256 x 4096",
+    ),
+    Target(
+        "W8A8 1.5 x bf16, CPU, 1024 tokens, 4096 -> 12288",
+        "linear.w8a8", "cpu", 1.5, within="1024 x 4096",
+    ),
+    Target(
+        "W4A8 1.8 x bf16 end to end, H200, batch 16",
+        "generate.w4a8", "cuda", 1.8, shape=EIGHT_B, within="batch 16",
+    ),
+    Target(
+        "W4A4 1.8 x bf16 end to end, H200, batch 16",
+        "generate.w4a4", "cuda", 1.8, shape=EIGHT_B, within="batch 16",
+    ),
+    Target(
+        "W4A8 in 1/3.4 of the memory of bf16's weights, embedding and head included",
+        "memory.weights_w4a8", "cuda", 3.4, shape=EIGHT_B,
+    ),
 )  # fmt: skip
 
 QUESTION = """# Speed and memory
 
-**Question.** How much faster are generation, quantization and quantized linears than what people run today, at equal
-output, and how much memory do packed weights save? Every number is a ratio of two things measured in the same run,
-interleaved: the plain loop of LLaDA's published code, GPTQ's Algorithm 1 as published, `F.linear` in bf16.
+**Question.** How much faster are generation, quantization and quantized linears than what people run today,
+at equal output, and how much memory do packed weights save? Every number is a ratio of two things measured
+in the same run, interleaved: the plain loop of LLaDA's published code, GPTQ's Algorithm 1 as published,
+`F.linear` in bf16.
 
 **Command** (writes [results.json](results.json), [table.md](table.md) and the figures; then this page):
 """
@@ -95,15 +117,22 @@ def write_study(folder: Path) -> str:
     sections, on_gpu = read_sections(folder / RESULTS), read_sections(folder / GPU / RESULTS)
     if not sections:
         raise ValueError(f"{folder} has no {RESULTS}: measure first, python -m dllmq.bench --out {folder}.")
-    write_text_atomic(folder / TABLE, markdown(sections))
-    write_figures(sections, folder / "figures")
+    write_tables(folder)
     if on_gpu:
-        write_text_atomic(folder / GPU / TABLE, markdown(on_gpu))
-        write_figures(on_gpu, folder / GPU / "figures")
+        write_tables(folder / GPU)
     notes = folder / NOTES
     page = readme(sections, on_gpu, notes.read_text(encoding="utf-8") if notes.is_file() else "")
     write_text_atomic(folder / README, page)
     return page
+
+
+def write_tables(folder: Path) -> None:
+    """table.md and the figures of a folder's results.json, if it has rows; no figures without matplotlib."""
+    sections = read_sections(folder / RESULTS)
+    if sections:
+        write_text_atomic(folder / TABLE, markdown(sections))
+        if find_spec("matplotlib") is not None:
+            write_figures(sections, folder / "figures")
 
 
 def readme(sections: Sequence[Section], on_gpu: Sequence[Section], notes: str = "") -> str:
@@ -122,8 +151,8 @@ def _gpu_words(on_gpu: Sequence[Section]) -> str:
         names = sorted({str(section.machine["accelerator"]) for section in on_gpu})
         return f"On a GPU ({', '.join(names)}) the one command is {script}: [gpu/table.md](gpu/table.md)."
     return (
-        "**No GPU was available.** Nothing here was measured on one, and no GPU number is printed; the one command "
-        f"for a machine that has one is {script}, under 10 minutes."
+        "**No GPU was available.** Nothing here was measured on one, and no GPU number is printed; the one "
+        f"command for a machine that has one is {script}, under 10 minutes."
     )
 
 
@@ -145,7 +174,8 @@ def verdict(sections: Sequence[Section]) -> str:
         )
     else:
         left = len(TARGETS) - met - missed
-        words = f"**Verdict.** {met} of {met + missed} targets that were measured are met; {left} were not measured."
+        measured = f"{met} of {met + missed} targets that were measured are met"
+        words = f"**Verdict.** {measured}; {left} were not measured."
     unequal = [row.what for section in sections for row in section.unequal]
     claims = (
         f"Outputs that must be equal are NOT in: {', '.join(unequal)}."
@@ -163,14 +193,14 @@ def _reached(row: Row) -> str:
 
 
 COMPARED = """
-- *plain loop*: the published loop on the same model and kernels. Every step runs the transformer and the head over
-  the whole canvas, with a softmax over the whole vocabulary at every position; no row leaves the batch.
+- *plain loop*: the published loop on the same model and kernels. Every step runs the transformer and the head
+  over the whole canvas, with a softmax over the whole vocabulary at every position; no row leaves the batch.
 - *exact*: `dllmq.diffusion.generate` on the same batch; tokens must be equal in float32. In bfloat16 many
-  confidences are equal, and their order is the softmax's rounding: the share of equal tokens is shown.
-- *prefix cache, dual cache, threshold*: opt-in, and approximate; against ours, exact. Thresholds are measured on the
-  embedded model only, since random weights are never confident.
+  confidences are equal, and rounding orders them: the share of equal tokens is shown.
+- *prefix cache, dual cache, threshold*: opt-in and approximate; against ours, exact. Thresholds are measured
+  on the embedded model only, since random weights are never confident.
 - *textbook*: Algorithm 1 of GPTQ by columns in blocks of 128, and the authors' Cholesky, inverse, Cholesky.
-- *packed*: `QuantLinear` on its integer kernels, weights in their codes; *fake* dequantizes and multiplies in bf16.
+- *packed*: `QuantLinear` on its integer kernels; *fake* dequantizes and multiplies in bf16.
 - *llada_1b_shape, llada_8b_shape*: random weights of LLaDA's sizes (`dllmq/bench/shapes.py`).
 - *weights*: all tensors a model holds, embedding and head in bf16 included.
 """
