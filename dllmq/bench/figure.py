@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ def write_figures(sections: Sequence[Section], folder: Path) -> list[Path]:
     import matplotlib
 
     from dllmq.report.figures import write_png
-    from dllmq.report.plot_style import RC, Drawing, slug
+    from dllmq.report.plot_style import RC, Drawing
 
     made = []
     for section in sections:
@@ -21,9 +22,13 @@ def write_figures(sections: Sequence[Section], folder: Path) -> list[Path]:
         if rows:
             with matplotlib.rc_context(RC):
                 figure = _draw(rows, section)
-            name = slug(f"{section.section}-{section.shape}-{section.machine['device']}")
-            made.append(write_png(Drawing(name, section.section, figure, "cost"), folder))
+            made.append(write_png(Drawing(name_of(section), section.section, figure, "cost"), folder))
     return made
+
+
+def name_of(section: Section) -> str:
+    """The figure's file without its ending."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(section.identity).lower())
 
 
 def _draw(rows: Sequence[Row], section: Section):  # matplotlib is imported late

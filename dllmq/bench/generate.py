@@ -179,4 +179,5 @@ def token_share(a: Generation, b: Generation, job: Work) -> float:
 
 def forwards(pair: tuple[Measured, Measured]) -> dict[str, float]:
     """Model calls of both; every answer of a batch takes part in each of them."""
-    return {"forwards": pair[1].output.forwards, "baseline_forwards": pair[0].output.forwards}
+    theirs, ours = (float(m.output.forwards) for m in pair)
+    return {"forwards": ours, "baseline_forwards": theirs}

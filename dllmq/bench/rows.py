@@ -18,6 +18,7 @@ from dllmq.bench.timing import Measured, ratio
 from dllmq.report.results import read_json, write_json_atomic
 
 FORMAT, RESULTS = 1, "results.json"
+Number = int | float
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,16 @@ class Row:
     baseline: str
     ours: str
     unit: str
-    baseline_value: float | None
-    ours_value: float
-    ratio: float | None
-    low: float | None
-    high: float | None
+    baseline_value: Number | None
+    ours_value: Number
+    ratio: Number | None
+    low: Number | None
+    high: Number | None
     repeats: int
     equal: bool | None = None
-    share: float | None = None
+    share: Number | None = None
     note: str = ""
-    numbers: dict[str, float] = field(default_factory=dict)
+    numbers: dict[str, Number] = field(default_factory=dict)
 
 
 def timed_row(
@@ -65,7 +66,7 @@ def timed_row(
     equal: bool | None = None,
     share: float | None = None,
     note: str = "",
-    numbers: Mapping[str, float] | None = None,
+    numbers: Mapping[str, Number] | None = None,
 ) -> Row:
     """A row of seconds; `names` and `pair` are (baseline, ours)."""
     base, ours = pair

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from dllmq.bench.figure import write_figures
+from dllmq.bench.figure import name_of, write_figures
 from dllmq.bench.rows import RESULTS, Row, Section, read_sections
 from dllmq.bench.table import amount, markdown
 from dllmq.report.results import write_text_atomic
@@ -48,12 +48,18 @@ class Target:
             if row.key == self.key and self.within in row.shape
         ]
 
+    def needs_amx(self, sections: Sequence[Section]) -> bool:
+        """Whether it is said of a processor with AMX, and measured on one without."""
+        found = {flag for s in sections if s.machine["device"] == "cpu" for flag in s.machine["instructions"]}
+        return "AMX" in self.text and not any(flag.startswith("amx") for flag in found)
+
     def reached(self, row: Row) -> bool:
         if self.most is not None:
             return row.ours_value <= self.most
         return row.ratio is not None and row.ratio >= self.least
 
 
+_NO_AMX = "; this processor has no AMX"
 ONE_B, EIGHT_B = "llada_1b_shape", "llada_8b_shape"
 TARGETS = (
     Target(
@@ -141,8 +147,13 @@ def readme(sections: Sequence[Section], on_gpu: Sequence[Section], notes: str = 
     lines = ["```", *commands, "python -m dllmq.bench --report experiments/speed", "```"]
     parts = [QUESTION.rstrip("\n"), "\n".join(lines), _gpu_words(on_gpu), verdict([*sections, *on_gpu])]
     parts += [notes.strip()] if notes.strip() else []
+    parts += [f"![{s.section}, {s.shape}](figures/{name_of(s)}.png)" for s in sections if _is_drawn(s)]
     parts += ["## What is compared", COMPARED.strip()]
     return "\n\n".join(parts) + "\n"
+
+
+def _is_drawn(section: Section) -> bool:
+    return not section.quick and any(row.ratio is not None for row in section.rows)
 
 
 def _gpu_words(on_gpu: Sequence[Section]) -> str:
@@ -151,8 +162,8 @@ def _gpu_words(on_gpu: Sequence[Section]) -> str:
         names = sorted({str(section.machine["accelerator"]) for section in on_gpu})
         return f"On a GPU ({', '.join(names)}) the one command is {script}: [gpu/table.md](gpu/table.md)."
     return (
-        "**No GPU was available.** Nothing here was measured on one, and no GPU number is printed; the one "
-        f"command for a machine that has one is {script}, under 10 minutes."
+        "**No GPU was available.** Nothing here was measured on one, and no GPU number is printed; the one\n"
+        f"command for a machine that has one is\n{script}, under 10 minutes."
     )
 
 
@@ -167,7 +178,8 @@ def verdict(sections: Sequence[Section]) -> str:
             continue
         good = all(target.reached(row) for row in rows)
         met, missed = met + good, missed + (not good)
-        lines.append(f"| {target.text} | {', '.join(map(_reached, rows))} | {'met' if good else 'missed'} |")
+        reached = ", ".join(map(_reached, rows)) + (_NO_AMX if target.needs_amx(sections) else "")
+        lines.append(f"| {target.text} | {reached} | {'met' if good else 'missed'} |")
     if all(section.quick for section in sections):
         words = (
             "**Verdict.** None yet: what lies here is a trial at toy sizes, which shows that everything runs."

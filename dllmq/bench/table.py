@@ -65,7 +65,7 @@ def note(row: Row) -> str:
     return "; ".join(parts)
 
 
-def amount(value: float | None, unit: str) -> str:
+def amount(value: float | int | None, unit: str) -> str:
     """Seconds or bytes with three digits."""
     if value is None:
         return ""

@@ -65,8 +65,8 @@ def refusal(args: argparse.Namespace) -> str:
         return f"unknown --shape {args.shape!r}: use {', '.join(SHAPES)}."
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         return (
-            "this measures on a CUDA device, and torch sees none here: run it on a machine with a GPU, or try "
-            "it out with --dry-run --shape tiny --device cpu."
+            "this measures on a CUDA device, and torch sees none here: run it on a machine with a GPU, or "
+            "try it out with --dry-run --shape tiny --device cpu."
         )
     if not args.device.startswith("cuda") and not args.dry_run:
         return f"--device {args.device} is for --dry-run only: CPU numbers are python -m dllmq.bench's."
