@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -45,24 +47,30 @@ def measure(setup: Setup, sheet: Sheet) -> None:
     for name in WIDTHS:
         packed = copy.deepcopy(model)
         quantize_in_place(packed, name)
-        if packs(packed, name, sheet):
+        if backend := packs(packed, name, sheet):
             for batch in batch_sizes(setup):
-                widths(setup, sheet, (model, packed), work(setup, batch), name)
+                widths(setup, sheet, (model, packed), work(setup, batch), f"{name} {backend}")
         del packed
 
 
 def loops(setup: Setup, sheet: Sheet, model: Any, job: Work) -> None:
     """The plain loop, ours, and ours with what is approximate, in the same rounds."""
+    ours = as_evaluated(model)
     runs: dict[str, Callable[[], Generation]] = {
         "plain": lambda: plain_generate(model, job.prompts, job.sampler, job.mask),
-        "exact": lambda: generate(model, job.prompts, job.sampler, job.mask),
+        "exact": lambda: generate(ours, job.prompts, job.sampler, job.mask),
     }
+    if ours is not model:
+        runs["eager"] = lambda: generate(model, job.prompts, job.sampler, job.mask)
     for variant in variants(setup, job.sampler, sheet):
-        runs[variant.key] = lambda own=variant.sampler: generate(model, job.prompts, own, job.mask)  # type: ignore[misc]
+        runs[variant.key] = lambda own=variant.sampler: generate(ours, job.prompts, own, job.mask)  # type: ignore[misc]
     with torch.no_grad():
         found = interleaved(runs, setup.repeats, setup.device)
     plain, exact = found["plain"], found["exact"]
     sheet.add(exact_row(setup, (plain, exact), job))
+    if ours is not model:
+        row = exact_row(setup, (plain, found["eager"]), job)
+        sheet.add(replace(row, key="generate.eager", what="exact generation without CUDA graphs"))
     for variant in variants(setup, job.sampler, sheet):
         sheet.add(approximate_row(variant, (exact, found[variant.key]), job))
 
@@ -124,7 +132,7 @@ def approximate_row(variant: Variant, pair: tuple[Measured, Measured], job: Work
 
 def widths(setup: Setup, sheet: Sheet, models: tuple[Any, Any], job: Work, name: str) -> None:
     """Full precision against a packed width, the same loop."""
-    full, packed = models
+    full, packed = (as_evaluated(model) for model in models)
     runs: dict[str, Callable[[], Generation]] = {
         setup.dtype_name: lambda: generate(full, job.prompts, job.sampler, job.mask),
         name: lambda: generate(packed, job.prompts, job.sampler, job.mask),
@@ -134,22 +142,28 @@ def widths(setup: Setup, sheet: Sheet, models: tuple[Any, Any], job: Work, name:
     pair = found[setup.dtype_name], found[name]
     trained = setup.shape == "mini"
     row = timed_row(
-        f"generate.{name}", f"{name} packed", job.name,
-        (f"dllmq, {setup.dtype_name}", f"dllmq, {name} packed"), pair,
+        f"generate.{name.partition(' ')[0]}", name, job.name,
+        (f"dllmq, {setup.dtype_name}", f"dllmq, {name}"), pair,
         share=token_share(pair[0].output, pair[1].output, job) if trained else None,
         numbers=forwards(pair),
     )  # fmt: skip
     sheet.add(row)
 
 
-def packs(model: Any, bits: str, sheet: Sheet) -> bool:
-    """Changes a quantized model to the packed backend; or says that there is none for it here."""
+def packs(model: Any, bits: str, sheet: Sheet) -> str:
+    """Changes a quantized model to the packed backend and names it; "" and a sentence where there is none."""
     try:
-        set_backend(model, "packed")
+        return set_backend(model, "packed")
     except ValueError as error:
         sheet.leave_out(f"Not measured, {bits} packed: {error}")
-        return False
-    return True
+        return ""
+
+
+def as_evaluated(model: Any) -> Any:
+    """The model as evaluation runs it: on CUDA forwards are replayed as CUDA graphs, if this version can."""
+    if model.device.type != "cuda" or find_spec("dllmq.models.graphs") is None:
+        return model
+    return import_module("dllmq.models.graphs").graphed(model)
 
 
 def quantize_in_place(model: Any, bits: str, compact: bool = False) -> None:

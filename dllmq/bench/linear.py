@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dllmq.bench.generate import packs
 from dllmq.bench.rows import Sheet, timed_row
 from dllmq.bench.shapes import Setup
 from dllmq.bench.timing import interleaved
 from dllmq.methods.rtn import round_to_nearest
 from dllmq.models.linear import QuantLinear
 from dllmq.numerics import Grid, fake_quant
-from dllmq.pipeline import set_backend
 from dllmq.recipe import FULL_PRECISION_BITS, Bits
 
-WIDTHS = ("w8a8", "w4a8", "w4a4", "w4a16")
+WIDTHS = ("w8a8", "w4a8", "w4a8 compact", "w4a4", "w4a16")
 SIZES = ((4096, 12288), (12288, 4096))  # inputs, outputs: gate and up, down
 TOKENS = (1, 32, 256, 1024)
 CHECKED = 16  # tokens that are checked in float64
@@ -36,6 +36,7 @@ class Case:
     """What is multiplied: T tokens of I inputs with a weight [O, I]."""
 
     bits: str
+    backend: str
     I: int
     O: int
     T: int
@@ -48,22 +49,22 @@ def measure(setup: Setup, sheet: Sheet) -> None:
         W = torch.randn(O, I, generator=torch.Generator().manual_seed(0)) / I**0.5
         for bits in WIDTHS:
             fake, packed = (quant_linear(W, bits, setup.device) for _ in range(2))
-            try:
-                set_backend(packed, "packed")
-            except ValueError as error:
-                sheet.leave_out(f"Not measured, {bits} packed: {error}")
+            if not (backend := packs(packed, bits, sheet)):
                 continue
             full = W.to(setup.device, torch.bfloat16)
             for T in tokens:
-                compare(setup, sheet, Case(bits, I, O, T), full, (fake, packed))
+                compare(setup, sheet, Case(bits, backend, I, O, T), full, (fake, packed))
 
 
 def quant_linear(W: Float[Tensor, "O I"], bits: str, device: torch.device) -> nn.Sequential:
-    """A model of one quantized linear."""
-    width = Bits.parse(bits)
+    """A model of one quantized linear, "w4a8 compact": that keeps its codes at their width."""
+    width = Bits.parse(bits.partition(" ")[0])
     inputs = None if width.activation == FULL_PRECISION_BITS else Grid(width.activation)
     quantized = round_to_nearest(W.to(device), Grid(width.weight))
-    return nn.Sequential(QuantLinear(quantized, None, inputs, torch.bfloat16))
+    made = QuantLinear(quantized, None, inputs, torch.bfloat16)
+    if bits.endswith("compact"):
+        made.compact()
+    return nn.Sequential(made)
 
 
 @torch.no_grad()
@@ -80,14 +81,10 @@ def compare(
         "packed": lambda: packed(x),
     }
     found = interleaved(runs, setup.repeats, setup.device)
-    sheet.add(
-        timed_row(
-            f"linear.{case.bits}", f"{case.bits} linear", f"{case.T} x {case.I} -> {case.O}",
-            ("bf16 F.linear", f"{case.bits} packed"), (found["bf16"], found["packed"]),
-            equal=is_exact(packed, x, found["packed"].output),
-            numbers={"fake_s": found["fake"].median},
-        )
-    )  # fmt: skip
+    key, size = f"linear.{case.bits.replace(' ', '_')}", f"{case.T} x {case.I} -> {case.O}"
+    pair, equal = (found["bf16"], found["packed"]), is_exact(packed, x, found["packed"].output)
+    names, fake_s = ("bf16 F.linear", case.backend), {"fake_s": found["fake"].median}
+    sheet.add(timed_row(key, f"{case.bits} linear", size, names, pair, equal, numbers=fake_s))
 
 
 def is_exact(packed: nn.Sequential, x: Tensor, y: Tensor) -> bool:

@@ -25,8 +25,8 @@ from dllmq.bench.rows import Row, Sheet
 from dllmq.bench.shapes import DTYPES, Setup, build, check_room, work
 from dllmq.pipeline import weight_bytes
 
-FORMATS = ("w8a8", "w4a8", "w4a4", "w4a16", "w4a16 compact")
-COMPACT = " compact"  # codes alone, made into weights in each product
+FORMATS = ("w8a8", "w4a8", "w4a8 compact", "w4a4", "w4a16", "w4a16 compact")
+COMPACT = " compact"  # codes at their width alone; what a product needs of them is made anew each time
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -46,7 +46,7 @@ def add_rows(sheet: Sheet, formats: tuple[str, str], full: dict[str, Any], found
     if "left_out" in found:
         sheet.leave_out(found["left_out"])
         return
-    names = (formats[0], name if name.endswith(COMPACT) else f"{name} packed")
+    names = (formats[0], f"{name} {found['backend']}")
     other = full["other_bytes"]
     blocks = (full["held_bytes"] - other) / max(1, found["held_bytes"] - found["other_bytes"])
     numbers = {"without_embedding_and_head": blocks, "stored_bytes": found["stored_bytes"]}
@@ -92,8 +92,10 @@ def measured(setup: Setup, name: str) -> dict[str, Any]:
     sheet, model = Sheet(), build(setup.shape, setup.device, setup.dtype)
     if name != setup.dtype_name:
         quantize_in_place(model, name.removesuffix(COMPACT), compact=name.endswith(COMPACT))
-        if not name.endswith(COMPACT) and not packs(model, name, sheet):
+        backend = packs(model, name, sheet)
+        if not backend and not name.endswith(COMPACT):
             return {"left_out": sheet.left_out[0]}
+        return of_model(model, setup) | {"backend": backend or "fake"}
     return of_model(model, setup)
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from jaxtyping import Float
@@ -22,9 +23,8 @@ from dllmq.bench.shapes import CONFIGS, Setup, build, check_room
 from dllmq.bench.timing import Measured, interleaved, synchronize
 from dllmq.calibration.stats import GroupInput, StatsCollector, collect
 from dllmq.diffusion import SamplerConfig
-from dllmq.methods import AWQ, GPTQ, Method
+from dllmq.methods import AWQ, GPTQ, Method, gptq
 from dllmq.methods.awq import scale_for
-from dllmq.methods.gptq import gptq_solve, solve_columns
 from dllmq.models.base import LinearGroup, linear_group
 from dllmq.numerics import Grid, QuantizedTensor, fake_quant, fit
 from dllmq.numerics.linalg import damped_inverse_cholesky
@@ -58,20 +58,25 @@ def solver(setup: Setup, sheet: Sheet, size: int) -> None:
     W, X = gptq_problem(size, setup.device)
     H = textbook_gptq.running_gram([X])
     U = textbook_gptq.inverse_factor(H)
-    params, all_one = fit(W, GRID), torch.zeros(size, dtype=torch.long, device=setup.device)
     runs: dict[str, Callable[[], Any]] = {
         "their loop": lambda: textbook_gptq.solve(W, U, GRID)[0],
-        "our loop": lambda: solve_columns(W.clone(), U, GRID, params, all_one, 128)[0],
+        "our loop": lambda: solve_given_factor(W, H, U),
         "their factor": lambda: textbook_gptq.inverse_factor(H),
         "our factor": lambda: damped_inverse_cholesky(H, 0.01),
         "theirs": lambda: textbook_gptq.solve(W, textbook_gptq.inverse_factor(H), GRID)[0],
-        "ours": lambda: gptq_solve(W, H, GRID).codes,
+        "ours": lambda: gptq.gptq_solve(W, H, GRID).codes,
     }
     found = interleaved(runs, setup.repeats, setup.device)
     judge = partial(codes_row, W=W, H=H, size=size)
     sheet.add(judge("quantize.loop", "GPTQ, columns only", (found["their loop"], found["our loop"])))
     sheet.add(factor_row(found["their factor"], found["our factor"], size))
     sheet.add(judge("quantize.gptq", "GPTQ with its factorization", (found["theirs"], found["ours"])))
+
+
+def solve_given_factor(W: Float[Tensor, "O I"], H: Float[Tensor, "I I"], U: Float[Tensor, "I I"]) -> Tensor:
+    """Our codes without the time of the factorization; checks of H and the fit of scales are in it."""
+    with mock.patch.object(gptq, "damped_inverse_cholesky", lambda H, damp: U):
+        return gptq.gptq_solve(W, H, GRID).codes
 
 
 def gptq_problem(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -164,14 +169,14 @@ def awq_grid(setup: Setup, sheet: Sheet) -> None:
     X *= 1 + torch.arange(d, device=setup.device) % 7
     ones = torch.ones(X.shape[:2], device=setup.device)
     inputs = [GroupInput(X, ones, ones.bool())]
-    stats = collect(frozenset({"mean_abs", "inputs"}), inputs)
+    method = AWQ(NUM_EXPONENTS, clip=False)
     for row in model.topology.groups:
         if row.name not in ("qkv", "gate_up"):
             continue
         group = linear_group(model, 0, row)
         runs: dict[str, Callable[[], Any]] = {
             "theirs": lambda group=group: textbook_ratio(group, inputs),  # type: ignore[misc]
-            "ours": lambda group=group: AWQ(NUM_EXPONENTS, clip=False)(group, stats, GRID),  # type: ignore[misc]
+            "ours": lambda group=group: method(group, collect(method.needs, inputs), GRID),  # type: ignore[misc]
         }
         found = interleaved(runs, setup.repeats, setup.device)
         theirs, ours = found["theirs"].output, found["ours"].output.notes["awq_ratio"]
