@@ -18,7 +18,7 @@ REMARKS = {
         "Packed widths are rounded to nearest, inputs by token; the attention product is in full precision.",
     ),
     "quantize": (
-        "Equal, GPTQ: 99.9 % of the codes, the objective within 0.001. Sums in another order move a few.",
+        "Equal, GPTQ: 99 % of the codes, the objective within 0.2 %. Sums in another order move a few codes.",
         "Equal, others: within 0.001 (factor) or 0.01 (Hessian) of the largest entry; AWQ's exponent.",
     ),
     "linear": ("Equal: the output is the definition's in float64, up to the rounding to bfloat16.",),

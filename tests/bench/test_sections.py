@@ -75,7 +75,7 @@ def test_quantize_finds_equal_codes_and_one_block_of_everything() -> None:
     rows, _ = rows_of(quantize, replace(QUICK, dtype=torch.bfloat16))
     for key in ("loop", "factor", "gptq", "gram", "gram_group", "awq_qkv", "awq_gate_up"):
         assert rows[f"quantize.{key}"].equal is True, key
-    assert rows["quantize.gptq"].share is not None and rows["quantize.gptq"].share >= 0.999
+    assert rows["quantize.gptq"].share is not None and rows["quantize.gptq"].share >= 0.99
     end = rows["quantize.gptq_blocks"]
     assert end.ratio is None and end.numbers["blocks"] == 1 and 0 < end.numbers["quantize_s"] < end.ours_value
     assert "TMAS, CGQ, IA-AQ" in end.what and end.repeats == 1
