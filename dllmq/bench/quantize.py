@@ -1,9 +1,9 @@
 """Section `quantize`: GPTQ's solver against Algorithm 1 as published, its statistics, AWQ's grid, one block.
 
 The textbook's codes and ours come from sums in another order, so a weight that lies halfway between two codes
-can go either way and take the later columns with it (0.2 % of the codes at 4096 x 4096, the objective moves by
-1e-5). Equal means: at least CODES of the codes are equal, and the objective tr((W - Q) H (W - Q)^T) is the
-same within LOSS. That the codes are equal in exact arithmetic is tested in tests/methods.
+can go either way and take the later columns with it (0.2 % of the codes at 4096 x 4096, where the objective
+moves by 1e-5). Equal means: at least CODES of the codes are equal, and the objective tr((W - Q) H (W - Q)^T)
+is the same within LOSS. That codes are equal in exact arithmetic is tested in tests/methods.
 """
 
 from __future__ import annotations
