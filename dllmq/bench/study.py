@@ -1,0 +1,218 @@
+"""experiments/speed/README.md, made from results.json: question, commands, targets, verdict.
+
+    python -m dllmq.bench --report experiments/speed
+
+`gpu/results.json` in the folder, where there is one, is what experiments/speed/gpu.py measured; `notes.md` is
+taken in as it is: it is where a person says why a target was missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from dllmq.bench.figure import name_of, write_figures
+from dllmq.bench.rows import RESULTS, Row, Section, read_sections
+from dllmq.bench.table import amount, markdown
+from dllmq.report.results import write_text_atomic
+
+TABLE, README, NOTES, GPU = "table.md", "README.md", "notes.md", "gpu"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A claim of the project and the rows that decide it.
+
+    Attributes:
+        text: what is aimed at.
+        key: of the rows; device: where; shape, within: a part of the section's shape and of the row's size.
+        least: ratio to reach; most: seconds not to exceed, where it is a duration.
+    """
+
+    text: str
+    key: str
+    device: str
+    least: float = 0.0
+    most: float | None = None
+    shape: str = ""
+    within: str = ""
+
+    def rows(self, sections: Sequence[Section]) -> list[Row]:
+        return [
+            row
+            for s in sections
+            if s.machine["device"] == self.device and self.shape in s.shape and not s.quick
+            for row in s.rows
+            if row.key == self.key and self.within in row.shape
+        ]
+
+    def needs_amx(self, sections: Sequence[Section]) -> bool:
+        """Whether it is said of a processor with AMX, and measured on one without."""
+        found = {flag for s in sections if s.machine["device"] == "cpu" for flag in s.machine["instructions"]}
+        return "AMX" in self.text and not any(flag.startswith("amx") for flag in found)
+
+    def reached(self, row: Row) -> bool:
+        if self.most is not None:
+            return row.ours_value <= self.most
+        return row.ratio is not None and row.ratio >= self.least
+
+
+_NO_AMX = "; this processor has no AMX"
+ONE_B, EIGHT_B = "llada_1b_shape", "llada_8b_shape"
+TARGETS = (
+    Target(
+        "exact generation 2 x the plain loop, CPU with AMX, 1B shape, batch 8",
+        "generate.exact", "cpu", 2.0, shape=ONE_B, within="batch 8",
+    ),
+    Target(
+        "exact generation 3 x the plain loop, H200, 8B shape, batch 1",
+        "generate.exact", "cuda", 3.0, shape=EIGHT_B, within="batch 1,",
+    ),
+    Target(
+        "dual cache with threshold 0.9: 5 x more (embedded model)",
+        "generate.dual_threshold", "cpu", 5.0, shape="mini",
+    ),
+    Target("GPTQ's columns 5 x the authors' loop, 4096 x 4096 float32, CPU", "quantize.loop", "cpu", 5.0),
+    Target("GPTQ with its factorization 2.5 x, CPU", "quantize.gptq", "cpu", 2.5),
+    Target("GPTQ with its factorization 10 x, GPU", "quantize.gptq", "cuda", 10.0),
+    Target(
+        "LLaDA-8B, everything on, under 3 minutes on an H200",
+        "quantize.gptq_blocks", "cuda", most=180.0, within="32 blocks",
+    ),
+    Target(
+        "W8A8 1.5 x bf16, CPU, 256 tokens, 4096 -> 12288",
+        "linear.w8a8", "cpu", 1.5, within="256 x 4096",
+    ),
+    Target(
+        "W8A8 1.5 x bf16, CPU, 1024 tokens, 4096 -> 12288",
+        "linear.w8a8", "cpu", 1.5, within="1024 x 4096",
+    ),
+    Target(
+        "W4A8 1.8 x bf16 end to end, H200, batch 16",
+        "generate.w4a8", "cuda", 1.8, shape=EIGHT_B, within="batch 16",
+    ),
+    Target(
+        "W4A4 1.8 x bf16 end to end, H200, batch 16",
+        "generate.w4a4", "cuda", 1.8, shape=EIGHT_B, within="batch 16",
+    ),
+    Target(
+        "W4A8 in 1/3.4 of the memory of bf16's weights, embedding and head included",
+        "memory.weights_w4a8", "cuda", 3.4, shape=EIGHT_B,
+    ),
+)  # fmt: skip
+
+QUESTION = """# Speed and memory
+
+**Question.** How much faster are generation, quantization and quantized linears than what people run today,
+at equal output, and how much memory do packed weights save? Every number is a ratio of two things measured
+in the same run, interleaved: the plain loop of LLaDA's published code, GPTQ's Algorithm 1 as published,
+`F.linear` in bf16.
+
+**Command** (writes [results.json](results.json), [table.md](table.md) and the figures; then this page):
+"""
+
+
+def write_study(folder: Path) -> str:
+    """Writes table.md, the figures and README.md of a folder; returns the page.
+
+    Raises:
+        ValueError: no results in it.
+    """
+    sections, on_gpu = read_sections(folder / RESULTS), read_sections(folder / GPU / RESULTS)
+    if not sections:
+        raise ValueError(f"{folder} has no {RESULTS}: measure first, python -m dllmq.bench --out {folder}.")
+    write_tables(folder)
+    if on_gpu:
+        write_tables(folder / GPU)
+    notes = folder / NOTES
+    page = readme(sections, on_gpu, notes.read_text(encoding="utf-8") if notes.is_file() else "")
+    write_text_atomic(folder / README, page)
+    return page
+
+
+def write_tables(folder: Path) -> None:
+    """table.md and the figures of a folder's results.json, if it has rows; no figures without matplotlib."""
+    sections = read_sections(folder / RESULTS)
+    if sections:
+        write_text_atomic(folder / TABLE, markdown(sections))
+        if find_spec("matplotlib") is not None:
+            write_figures(sections, folder / "figures")
+
+
+def readme(sections: Sequence[Section], on_gpu: Sequence[Section], notes: str = "") -> str:
+    """The page."""
+    commands = list(dict.fromkeys(section.command for section in sections))
+    lines = ["```", *commands, "python -m dllmq.bench --report experiments/speed", "```"]
+    parts = [QUESTION.rstrip("\n"), "\n".join(lines), _gpu_words(on_gpu), verdict([*sections, *on_gpu])]
+    parts += [notes.strip()] if notes.strip() else []
+    parts += [f"![{s.section}, {s.shape}](figures/{name_of(s)}.png)" for s in sections if _is_drawn(s)]
+    parts += ["## What is compared", COMPARED.strip()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _is_drawn(section: Section) -> bool:
+    return not section.quick and any(row.ratio is not None for row in section.rows)
+
+
+def _gpu_words(on_gpu: Sequence[Section]) -> str:
+    script = "`python experiments/speed/gpu.py --out experiments/speed/gpu`"
+    if on_gpu:
+        names = sorted({str(section.machine["accelerator"]) for section in on_gpu})
+        return f"On a GPU ({', '.join(names)}) the one command is {script}: [gpu/table.md](gpu/table.md)."
+    return (
+        "**No GPU was available.** Nothing here was measured on one, and no GPU number is printed; the one\n"
+        f"command for a machine that has one is\n{script}, under 10 minutes."
+    )
+
+
+def verdict(sections: Sequence[Section]) -> str:
+    """**Verdict.** and a table of the targets: what was reached, or that it was not measured."""
+    met = missed = 0
+    lines = ["| target | reached | |", "|---|---|---|"]
+    for target in TARGETS:
+        rows = target.rows(sections)
+        if not rows:
+            lines.append(f"| {target.text} | not measured | - |")
+            continue
+        good = all(target.reached(row) for row in rows)
+        met, missed = met + good, missed + (not good)
+        reached = ", ".join(map(_reached, rows)) + (_NO_AMX if target.needs_amx(sections) else "")
+        lines.append(f"| {target.text} | {reached} | {'met' if good else 'missed'} |")
+    if all(section.quick for section in sections):
+        words = (
+            "**Verdict.** None yet: what lies here is a trial at toy sizes, which shows that everything runs."
+        )
+    else:
+        left = len(TARGETS) - met - missed
+        measured = f"{met} of {met + missed} targets that were measured are met"
+        words = f"**Verdict.** {measured}; {left} were not measured."
+    unequal = [row.what for section in sections for row in section.unequal]
+    claims = (
+        f"Outputs that must be equal are NOT in: {', '.join(unequal)}."
+        if unequal
+        else "Every output that must be equal is equal."
+    )
+    return f"{words} {claims}\n\n" + "\n".join(lines)
+
+
+def _reached(row: Row) -> str:
+    if row.ratio is None:
+        return amount(row.ours_value, row.unit)
+    span = f" ({row.low:.2f} - {row.high:.2f})" if row.repeats > 1 else ""
+    return f"{row.ratio:.2f} x{span}"
+
+
+COMPARED = """
+- *plain loop*: the published loop on the same model and kernels. Every step runs the transformer and the head
+  over the whole canvas, with a softmax over the whole vocabulary at every position; no row leaves the batch.
+- *exact*: `dllmq.diffusion.generate` on the same batch; tokens must be equal in float32. In bfloat16 many
+  confidences are equal, and rounding orders them: the share of equal tokens is shown.
+- *prefix cache, dual cache, threshold*: opt-in and approximate; against ours, exact. Thresholds are measured
+  on the embedded model only, since random weights are never confident.
+- *textbook*: Algorithm 1 of GPTQ by columns in blocks of 128, and the authors' Cholesky, inverse, Cholesky.
+- *packed*: `QuantLinear` on its integer kernels; *fake* dequantizes and multiplies in bf16.
+- *llada_1b_shape, llada_8b_shape*: random weights of LLaDA's sizes (`dllmq/bench/shapes.py`).
+- *weights*: all tensors a model holds, embedding and head in bf16 included.
+"""

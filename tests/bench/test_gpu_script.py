@@ -1,0 +1,111 @@
+"""experiments/speed/gpu.py: refusals, budgets, and the whole script at a toy size on the CPU."""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "speed" / "gpu.py"
+BLOCKED = ("hydra", "omegaconf", "lm_eval", "datasets", "wandb", "beartype", "triton", "torchao", "rich")
+DRY = ["--dry-run", "--shape", "tiny", "--device", "cpu", "--repeats", "1"]
+
+
+@pytest.fixture
+def script() -> Any:
+    spec = spec_from_file_location("gpu_script", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def arguments(out: Path, **changes: Any) -> Namespace:
+    fields = dict(out=out, shape="tiny", device="cpu", repeats=1, parts="linear,memory", seconds=100,
+                  dry_run=True, part=None)  # fmt: skip
+    return Namespace(**(fields | changes))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_is_one_sentence(script: Any, tmp_path: Path) -> None:
+    why = script.refusal(arguments(tmp_path, device="cuda", dry_run=False))
+    assert why.startswith("this measures on a CUDA device, and torch sees none here") and "--dry-run" in why
+
+
+def test_other_refusals(script: Any, tmp_path: Path) -> None:
+    assert "is for --dry-run only" in script.refusal(arguments(tmp_path, dry_run=False))
+    assert script.refusal(arguments(tmp_path, parts="linear,speed")).startswith("unknown part 'speed'")
+    assert script.refusal(arguments(tmp_path, shape="huge")).startswith("unknown --shape 'huge'")
+    assert script.refusal(arguments(tmp_path)) == ""
+
+
+def test_all_budgets_fit_into_ten_minutes(script: Any) -> None:
+    assert sum(script.BUDGET.values()) <= script.TOTAL <= 590
+    assert set(script.BUDGET) == {"tests", "linear", "generate", "memory", "quantize"}
+
+
+def test_what_a_part_does_not_use_goes_to_the_next(script: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    budgets = []
+    monkeypatch.setattr(script, "in_process", lambda args, name, budget: budgets.append(budget) or "finished")
+    parts = script.all_parts(arguments(tmp_path, seconds=1000))
+    assert budgets[0] == script.BUDGET["linear"]
+    assert budgets[1] == pytest.approx(script.BUDGET["linear"] + script.BUDGET["memory"], abs=1)
+    written = json.loads((tmp_path / "parts.json").read_text())
+    assert written["parts"] == parts and written["machine"]["device"] == "cpu"
+    assert "python experiments/speed/gpu.py" in written["command"]
+
+
+def test_a_part_without_time_is_not_started(script: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(script, "in_process", lambda *args: pytest.fail("started"))
+    assert {p["status"] for p in script.all_parts(arguments(tmp_path, seconds=3))} == {
+        "not started: no time left"
+    }
+
+
+def test_a_part_runs_in_this_process_too(script: Any, tmp_path: Path) -> None:
+    assert script.run_part(arguments(tmp_path, part="linear")) == 0
+    plain = json.loads((tmp_path / "results.json").read_text())
+    assert plain["sections"][0]["section"] == "linear" and plain["sections"][0]["quick"] is True
+
+
+@pytest.mark.slow
+def test_a_part_out_of_time_is_ended(script: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), *DRY])
+    assert script.in_process(arguments(tmp_path), "linear", 0.2).startswith("out of time after 0 s")
+
+
+@pytest.mark.slow
+def test_the_whole_script_at_a_toy_size(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), *DRY]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = json.loads((tmp_path / "parts.json").read_text())["parts"]
+    assert [p["status"] for p in parts] == ["finished"] * 5
+    sections = json.loads((tmp_path / "results.json").read_text())["sections"]
+    assert [s["section"] for s in sections] == ["linear", "generate", "memory", "quantize"]
+    assert all(s["rows"] for s in sections)
+    assert "## quantize" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.slow
+def test_it_needs_neither_hydra_nor_lm_eval(tmp_path: Path) -> None:
+    """What a GPU machine may lack is not imported; one section runs all the same."""
+    program = f"""
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {BLOCKED!r}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+sys.argv = ["gpu.py", "--part", "generate", "--out", {str(tmp_path)!r}, *{DRY!r}]
+import runpy
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "generate.exact" in (tmp_path / "results.json").read_text()

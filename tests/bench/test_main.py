@@ -1,0 +1,122 @@
+"""The command line: what it refuses, prints and writes, and its exit code."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench.rows_factory import row, section
+
+from dllmq.bench import __main__ as bench
+from dllmq.bench import sections
+from dllmq.bench.rows import Sheet, read_sections, write_section
+from dllmq.bench.shapes import Setup
+
+
+def told(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert bench.main(list(argv)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("dllmq.bench: ") and error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["speed"], "unknown section 'speed': use generate, quantize, linear, evaluate, memory"),
+        (["--shape", "mini,llada_7b"], "unknown --shape 'llada_7b': use mini, tiny, llada_1b_shape"),
+        (["--device", "tpu"], "unknown --device 'tpu'"),
+        (["--repeats", "0"], "--repeats must be an integer >= 1; got 0."),
+        (["--threads", "0"], "--threads must be an integer >= 1; got 0."),
+        (["--dtype", "float16"], "unknown --dtype 'float16': use auto, float32 or bfloat16."),
+        (["generate", "--shape", "llada_8b_shape", "--device", "cpu"], "measured on a CUDA device"),
+        (["--report", "nowhere"], "nowhere has no results.json: measure first"),
+    ],
+)
+def test_wrong_input_is_one_sentence(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:
+    assert words in told(capsys, *argv)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "torch sees no CUDA device here; use --device cpu." in told(capsys, "--device", "cuda")
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, equal: bool) -> list[Setup]:
+    """Sections that measure nothing; the setups they were told."""
+    setups: list[Setup] = []
+
+    def measure(setup: Setup, sheet: Sheet) -> None:
+        setups.append(setup)
+        sheet.add(row(equal=equal))
+        sheet.leave_out("Not measured: that.")
+
+    for name in sections.SECTIONS:
+        monkeypatch.setitem(sections.SECTIONS, name, measure)
+    return setups
+
+
+def test_json_is_all_that_is_printed(monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    setups = fake(monkeypatch, equal=True)
+    assert (
+        bench.main(["linear", "generate", "--json", "--repeats", "2", "--shape", "tiny", "--device", "cpu"])
+        == 0
+    )
+    plain = json.loads(capsys.readouterr().out)
+    assert [s["section"] for s in plain["sections"]] == ["linear", "generate"]
+    assert [(s.repeats, s.dtype_name) for s in setups] == [(2, "bfloat16"), (2, "float32")]
+    assert plain["sections"][1]["command"].startswith("python -m dllmq.bench linear generate --json")
+    assert {"device", "processor", "threads", "versions", "git"} <= set(plain["sections"][0]["machine"])
+
+
+def test_outputs_that_differ_are_the_exit_code_and_stand_out(
+    monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(monkeypatch, equal=False)
+    assert bench.main(["generate", "--shape", "tiny"]) == 1
+    assert "NO" in capsys.readouterr().out
+
+
+def test_a_folder_gets_results_table_and_figures_and_keeps_what_it_had(
+    monkeypatch: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(monkeypatch, equal=True)
+    kept = section(row(), section="evaluate")
+    write_section(tmp_path / "results.json", kept)
+    assert bench.main(["memory", "--quick", "--shape", "tiny", "--out", str(tmp_path)]) == 0
+    found = read_sections(tmp_path / "results.json")
+    assert found[0] == kept and (found[1].section, found[1].shape) == ("memory", "tiny bfloat16")
+    assert "## memory, tiny bfloat16 (quick" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "figures" / "memory-tiny-bfloat16-cpu.png").is_file()
+    out = capsys.readouterr().out
+    assert "exact generation" in out and "Not measured: that." in out and "3.00 x" in out
+
+
+def test_a_section_that_breaks_off_leaves_its_rows(monkeypatch: Any, tmp_path: Path) -> None:
+    def measure(setup: Setup, sheet: Sheet) -> None:
+        sheet.add(row())
+        raise ValueError("no more")
+
+    monkeypatch.setitem(sections.SECTIONS, "linear", measure)
+    assert bench.main(["linear", "--out", str(tmp_path)]) == 1
+    assert [s.rows for s in read_sections(tmp_path / "results.json")] == [(row(),)]
+
+
+def test_sections_with_sizes_of_their_own_run_once_for_several_shapes() -> None:
+    args = bench.arguments(["--shape", "mini,tiny", "--quick", "--device", "cpu"])
+    names = [name for name, _ in bench.setups(args)]
+    assert names == ["generate", "generate", "quantize", "linear", "evaluate", "evaluate", "memory", "memory"]
+
+
+def test_report_prints_the_page_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_section(tmp_path / "results.json", section(row()))
+    assert bench.main(["--report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == (tmp_path / "README.md").read_text().strip()
+
+
+@pytest.mark.slow
+def test_the_quick_run_measures_every_section(tmp_path: Path) -> None:
+    assert bench.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    found = read_sections(tmp_path / "results.json")
+    assert [s.section for s in found] == list(sections.SECTIONS) and all(s.rows for s in found)
