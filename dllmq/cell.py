@@ -234,7 +234,7 @@ class Cell:
             baseline = self._baseline(shared)
             if isinstance(self.plan.recipe.method, FP) and config.approximations():
                 report = QuantizationReport(0.0, weight_bytes(model), {})
-                record, result = self._measure(model, tokenizer, None, report, inert)
+                record, result = self._measure(model, tokenizer, None, report, inert, self.resume.answers())
                 _write_samples(result.samples, self.folder)
                 return record
             if isinstance(self.plan.recipe.method, FP):

@@ -74,7 +74,7 @@ def estimate(plan: Plan) -> Estimate:
     model = skeleton(*read_config(checkpoint_folder(plan.config.model_path)))
     config, recipe, shape = plan.config, plan.recipe, shape_of(model)
     dtype = getattr(torch, config.dtype())
-    memory = plan_memory(config.memory, plan.parameters, dtype, plan.device, backend=config.backend)
+    memory = plan_memory(config.memory, plan.parameters, dtype, plan.device)
     per_token = seconds_per_token(model, plan.device, dtype)
     assumed: list[str] = []
     tasks = {f"task {n}": _task_tokens(config, n, a, shape, assumed) for n, a in config.answers().items()}

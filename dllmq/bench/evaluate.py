@@ -90,7 +90,7 @@ class PlainLoop:
     def __call__(self, model: Any, tokenizer: Any, settings: EvalSettings) -> Any:
         from dllmq.evaluation.harness import DiffusionLM, cut_answer
 
-        size = self.batch or settings.batch_size
+        size = int(self.batch or settings.batch_size)
 
         class PlainLM(DiffusionLM):
             def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:

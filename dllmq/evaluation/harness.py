@@ -335,6 +335,7 @@ class DiffusionLM(LM):
     def _bounds(self, pairs: list[tuple[Tensor, Tensor]], problems: list[str]) -> list[float]:
         s, rows = self.settings, self.settings.rows_per_forward
         all_of_them = digest([[prompt.tolist(), answer.tolist()] for prompt, answer in pairs])
+
         def keep(index: int, requests: list[int], compute: Callable[[], list[float]]) -> list[float]:
             content = [all_of_them, rows]
             return self._kept("loglikelihood", index, content, compute, [problems[r] for r in requests])
