@@ -191,9 +191,8 @@ class DiffusionLM(LM):
         Raises:
             ValueError: a prompt and gen_length together exceed the maximum length; nothing is cut silently.
         """
-        prompts = [self._bos() + self.encode(request.args[0]) for request in requests]
-        for request, prompt in zip(requests, prompts, strict=True):
-            self._check_length(request, len(prompt), self.settings.sampler.gen_length, "gen_length")
+        prompts = self.prompts(requests)
+        for request in requests:
             self._warn_of_sampling(request.args[1])
         batches, answers = self._batches(prompts), [""] * len(requests)
         for batch in batches:
@@ -209,6 +208,28 @@ class DiffusionLM(LM):
                 answers[i] = self._finish(tokens, requests[i])
         self.counters.batch_size = batches.size
         return answers
+
+    def prompts(self, requests: list[Instance]) -> list[list[int]]:
+        """Tokens of each request's prompt.
+
+        Raises:
+            ValueError: as generate_until.
+        """
+        prompts = [self._bos() + self.encode(request.args[0]) for request in requests]
+        for request, prompt in zip(requests, prompts, strict=True):
+            self._check_length(request, len(prompt), self.settings.sampler.gen_length, "gen_length")
+        return prompts
+
+    def pairs(self, requests: list[Instance]) -> list[tuple[list[int], list[int]]]:
+        """Tokens of each request's context and continuation.
+
+        Raises:
+            ValueError: together they exceed the maximum length.
+        """
+        pairs = [self.encode_pair(*request.args[:2]) for request in requests]
+        for request, (prompt, answer) in zip(requests, pairs, strict=True):
+            self._check_length(request, len(prompt), len(answer), "its continuation's length")
+        return pairs
 
     def _batches(self, prompts: list[list[int]]) -> Batches:
         gen_length = self.settings.sampler.gen_length
@@ -308,9 +329,7 @@ class DiffusionLM(LM):
         Raises:
             ValueError: a request exceeds the maximum length, or its continuation has no tokens.
         """
-        pairs = [self.encode_pair(*request.args[:2]) for request in requests]
-        for request, (prompt, answer) in zip(requests, pairs, strict=True):
-            self._check_length(request, len(prompt), len(answer), "its continuation's length")
+        pairs = self.pairs(requests)
         order = sorted(range(len(pairs)), key=lambda i: (-sum(map(len, pairs[i])), pairs[i], i))
         tensors = [(_ids(pairs[i][0]), _ids(pairs[i][1])) for i in order]
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)

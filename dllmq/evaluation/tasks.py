@@ -15,7 +15,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -258,7 +258,12 @@ def evaluate(
     each = {name: settings[name] if isinstance(settings, Mapping) else settings for name in tasks}
     check_task_data(tasks, each, data_dir)
     from dllmq.evaluation.harness import DiffusionLM
+    from dllmq.evaluation.lengths import Fits, LengthCheck
 
+    for name, own in list(each.items())[1:]:  # the first one's prompts are looked at in a moment
+        if published(name):
+            with suppress(Fits):
+                score_task(LengthCheck(model, tokenizer, own), name, limit, work_dir, own, data_dir)
     result = EvalResult()
     for name, own in each.items():
         lm = DiffusionLM(model, tokenizer, own, _named(progress, name), answers.of(name))

@@ -570,3 +570,15 @@ def test_only_generating_tasks_generate() -> None:
     kinds = {n: {s.config["output_type"] for s in benchmark(n).subtasks} for n in benchmarks.names()}
     assert {n for n, kind in kinds.items() if kind == {"generate_until"}} == set(GENERATING)
     assert {n for n in benchmarks.names() if benchmark(n).runs_code} == {"humaneval", "mbpp"}
+
+
+def test_a_long_prompt_of_any_task_is_found_before_the_first_is_scored(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("humaneval", "gsm8k"):
+        write_task(tmp_path, name, 3)
+    monkeypatch.setattr(model, "embed", lambda *_: pytest.fail("a forward was made"))
+    settings = EvalSettings(SamplerConfig(gen_length=16, steps=16, block_length=16))
+    each = {"humaneval": settings, "gsm8k": replace(settings, num_fewshot=8)}
+    with pytest.raises(ValueError, match=r"^Problem 0 of gsm8k: its prompt has \d+ tokens"):
+        evaluate(model, tokenizer, [*each], each, 2, True, tmp_path, data_dir=tmp_path)
