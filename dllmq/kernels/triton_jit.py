@@ -27,15 +27,17 @@ class Kernel:
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.fn = inspect.unwrap(fn)
+        self._compiled: Any = None
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         return self.compiled()[grid]
 
     def compiled(self) -> Any:
         """What `triton.jit` made of it."""
-        module = self.fn.__globals__
-        _load(module)
-        return module[self.fn.__name__]
+        if self._compiled is None:
+            _load(self.fn.__globals__)
+            self._compiled = self.fn.__globals__[self.fn.__name__]
+        return self._compiled
 
 
 def kernel(fn: Callable[..., Any]) -> Any:

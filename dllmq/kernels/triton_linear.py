@@ -7,7 +7,8 @@ Its sum is an integer and exact in int32. With codes c and offsets (q_x - z_x = 
 
     sum (c_x + a)(c_w + d) = sum c_x c_w + d sum c_x + a sum (c_w + d)
 
-the tensor cores multiply the codes as they lie, and two products of vectors do the rest. What is stored:
+the tensor cores multiply the codes as they lie, and two products of vectors do the rest; of packed weights in
+groups d is added to the widened codes instead. What is stored:
 
     weight of 2, 3, 4 bits    two codes a byte, the first one low (numerics/packed.py's 4 bits); d = low - z
     5, 6, 7 bits              q - z in int8
@@ -27,18 +28,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from dllmq.kernels.triton_inputs import Inputs, Layout, Norm, quantize_inputs
-from dllmq.kernels.triton_jit import fastest, is_interpreted, kernel, power_of_2
+from dllmq.kernels.triton_jit import fastest, is_interpreted, power_of_2
+from dllmq.kernels.triton_products import integer_kernel, weight_only_kernel
 from dllmq.numerics import Grid, QuantizedTensor
 from dllmq.numerics.packed import pack, unpack
 
-tl: Any  # triton.language, set by the first launch
 INPUTS = range(32, 33_025)  # columns; more could overflow: 33,025 * 255^2 < 2^31
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _NIBBLES = Grid(4)
@@ -133,13 +134,17 @@ def quantize_for(x: Float[Tensor, "T I"], operand: Operand, inputs: Grid, norm: 
 
 
 class Tiles(NamedTuple):
-    """Outputs and tokens of a program's tile, columns a step, and how Triton runs it."""
+    """Outputs and tokens of a program's tile, columns a step, and how Triton runs it.
+
+    `stages` are steps in flight; `registers` a thread's at most, None leaves it to the compiler.
+    """
 
     outputs: int
     tokens: int
     columns: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def integer_linear(
@@ -157,7 +162,7 @@ def integer_linear(
             I=I, S=S, W_GROUP=w.group, X_GROUP=I // len(x.scale), PACKED=w.is_packed, PLANES=x.layout.planes,
             INTERPRETED=is_interpreted(),
             BLOCK_O=tiles.outputs, BLOCK_T=tiles.tokens, BLOCK_I=tiles.columns, STAGES=tiles.stages,
-            num_warps=tiles.warps,
+            num_warps=tiles.warps, maxnreg=tiles.registers,
         )  # fmt: skip
 
     assert T * I < 2**31, f"{T} tokens of {I} inputs are more than a kernel can address: split them"
@@ -183,7 +188,7 @@ def weight_only_linear(
             x, w.codes, w.scale, w.offset, bias, y, T, O,
             I=I, W_GROUP=w.group, PACKED=w.is_packed, INTERPRETED=is_interpreted(),
             BLOCK_O=tiles.outputs, BLOCK_T=tiles.tokens, BLOCK_I=tiles.columns, STAGES=tiles.stages,
-            num_warps=tiles.warps,
+            num_warps=tiles.warps, maxnreg=tiles.registers,
         )  # fmt: skip
 
     if T:
@@ -198,18 +203,22 @@ def candidates(T: int, O: int, step: int, grouped: bool) -> list[Tiles]:
 
     Few tokens: time goes into reading the weight, so narrow tiles keep all multiprocessors busy. Many: time
     goes into the product, and a large tile reads least for what it multiplies; groups hold a second sum of
-    the tile in registers, which large tiles do not have.
+    the tile in registers, which large tiles do not have. Triton waits for each integer product to end, so two
+    programs shall fit a multiprocessor and work in turn: with 256 threads, 128 registers.
     """
     if is_interpreted():
         return [Tiles(power_of_2(min(O, 64)), power_of_2(min(T, 64)), step, 4, 2)]
+    tiles: list[tuple[int, ...]]
     few = max(16, min(power_of_2(T), 64))
     if T <= 64:
-        shapes = [(64, few, 4, 4), (32, few, 4, 4), (128, few, 4, 4), (64, few, 4, 6)]
-    elif grouped or T <= 512:
-        shapes = [(128, 64, 4, 4), (128, 128, 8, 3), (64, 128, 4, 4), (128, 64, 8, 4)]
+        tiles = [(64, few, 4, 4), (32, few, 4, 4), (128, few, 4, 4), (64, few, 4, 6)]
+    elif grouped:
+        tiles = [(128, 64, 8, 4), (128, 128, 8, 3), (64, 128, 4, 4), (128, 64, 4, 4)]
+    elif T <= 512:
+        tiles = [(128, 64, 4, 4), (128, 128, 8, 3, 128), (64, 128, 4, 4), (128, 64, 8, 4)]
     else:
-        shapes = [(128, 128, 8, 3), (128, 256, 8, 3), (128, 64, 4, 4), (256, 128, 8, 3)]
-    return [Tiles(o, t, step, warps, stages) for o, t, warps, stages in shapes]
+        tiles = [(128, 128, 8, 3, 128), (128, 256, 8, 3), (128, 128, 4, 3), (256, 128, 8, 3)]
+    return [Tiles(o, t, step, *how) for o, t, *how in tiles]
 
 
 def _width(grid: Grid, I: int) -> int:
@@ -237,153 +246,3 @@ def _codes(codes: Tensor, zero: Tensor, grid: Grid, width: int) -> tuple[Tensor,
     if grid.bits == 8:
         return (codes.to(torch.int16) - 128).to(torch.int8), 128 - zero
     return (codes.to(torch.int16) - zero.repeat_interleave(width, 1)).to(torch.int8), None
-
-
-@kernel
-def tile_of(T, O, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr):
-    """First output and token of this program: 8 rows of tiles at a time, so that neighbours in time share
-    weights and inputs in the L2 cache."""
-    pid = tl.program_id(0)
-    rows = tl.cdiv(O, BLOCK_O)
-    columns = tl.cdiv(T, BLOCK_T)
-    first = pid // (8 * columns) * 8
-    height = min(rows - first, 8)
-    within = pid % (8 * columns)
-    return (first + within % height) * BLOCK_O, within // height * BLOCK_T
-
-
-@kernel
-def multiply(
-    acc,
-    w_ptr,
-    x_ptr,
-    o,
-    t,
-    start,
-    I: tl.constexpr,
-    PACKED: tl.constexpr,
-    PLANES: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """acc + the product over the columns start ... start + BLOCK_I: [outputs, tokens] int32."""
-    i = tl.arange(0, BLOCK_I)
-    if not PACKED:
-        w = tl.load(w_ptr + o[:, None] * I + (start + i)[None, :])
-        x = tl.load(x_ptr + t[None, :] * I + (start + i)[:, None])
-        return tl.dot(w, x, acc, out_dtype=tl.int32)
-    h = tl.arange(0, BLOCK_I // 2)
-    p = tl.load(w_ptr + o[:, None] * (I // 2) + (start // 2 + h)[None, :])
-    low = (p & 15).to(tl.int8)
-    if INTERPRETED:
-        high = (p >> 4).to(tl.int8)
-    else:  # four at once; a shift of bytes is compiled to 15 instructions
-        high = tl.inline_asm_elementwise(
-            "{ shr.b32 $0, $1, 4; and.b32 $0, $0, 0x0f0f0f0f; }", "=r,r", [p], tl.int8, is_pure=True, pack=4
-        )
-    if PLANES:
-        x_ptrs = x_ptr + t[None, :] * I + (start // 2 + h)[:, None]
-        acc = tl.dot(low, tl.load(x_ptrs), acc, out_dtype=tl.int32)
-        return tl.dot(high, tl.load(x_ptrs + I // 2), acc, out_dtype=tl.int32)
-    x = tl.load(x_ptr + t[None, :] * I + (start + i)[:, None])
-    return tl.dot(tl.interleave(low, high), x, acc, out_dtype=tl.int32)
-
-
-@kernel
-def corrected(
-    acc, x_offset_ptr, x_sums_ptr, w_offset_ptr, w_sums_ptr, n, o, t, T, O,
-    S: tl.constexpr, W_GROUP: tl.constexpr, X_GROUP: tl.constexpr,
-):  # fmt: skip
-    """sum (c_x + a)(c_w + d) of segment n from acc = sum c_x c_w."""
-    if w_offset_ptr is not None:
-        d = tl.load(w_offset_ptr + n * S // W_GROUP * O + o)
-        acc += d[:, None] * tl.load(x_sums_ptr + n * T + t)[None, :]
-    if x_offset_ptr is not None:
-        a = tl.load(x_offset_ptr + n * S // X_GROUP * T + t)
-        acc += tl.load(w_sums_ptr + n * O + o)[:, None] * a[None, :]
-    return acc
-
-
-@kernel
-def integer_kernel(
-    x_ptr, x_scale_ptr, x_offset_ptr, x_sums_ptr, w_ptr, w_scale_ptr, w_offset_ptr, w_sums_ptr,
-    bias_ptr, y_ptr, T, O,
-    I: tl.constexpr, S: tl.constexpr, W_GROUP: tl.constexpr, X_GROUP: tl.constexpr,
-    PACKED: tl.constexpr, PLANES: tl.constexpr, INTERPRETED: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """A tile [outputs, tokens] of y^T."""
-    first_o, first_t = tile_of(T, O, BLOCK_O, BLOCK_T)
-    o_all = first_o + tl.arange(0, BLOCK_O)
-    t_all = first_t + tl.arange(0, BLOCK_T)
-    o = o_all % O  # beyond the end: some row, not stored
-    t = t_all % T
-    if S == I:
-        acc = tl.zeros((BLOCK_O, BLOCK_T), tl.int32)
-        for start in tl.range(0, I, BLOCK_I, num_stages=STAGES):
-            acc = multiply(acc, w_ptr, x_ptr, o, t, start, I, PACKED, PLANES, BLOCK_I, INTERPRETED)
-        acc = corrected(
-            acc, x_offset_ptr, x_sums_ptr, w_offset_ptr, w_sums_ptr, 0, o, t, T, O, S, W_GROUP, X_GROUP
-        )
-        y = acc.to(tl.float32) * tl.load(x_scale_ptr + t)[None, :] * tl.load(w_scale_ptr + o)[:, None]
-    else:
-        y = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
-        for n in tl.range(0, I // S, num_stages=STAGES):
-            acc = tl.zeros((BLOCK_O, BLOCK_T), tl.int32)
-            for k in tl.static_range(0, S, BLOCK_I):
-                acc = multiply(acc, w_ptr, x_ptr, o, t, n * S + k, I, PACKED, PLANES, BLOCK_I, INTERPRETED)
-            acc = corrected(
-                acc, x_offset_ptr, x_sums_ptr, w_offset_ptr, w_sums_ptr, n, o, t, T, O, S, W_GROUP, X_GROUP
-            )
-            part = acc.to(tl.float32)
-            if X_GROUP < I:
-                part *= tl.load(x_scale_ptr + n * S // X_GROUP * T + t)[None, :]
-            if W_GROUP < I:
-                part *= tl.load(w_scale_ptr + n * S // W_GROUP * O + o)[:, None]
-            y += part
-        if X_GROUP == I:
-            y *= tl.load(x_scale_ptr + t)[None, :]
-        if W_GROUP == I:
-            y *= tl.load(w_scale_ptr + o)[:, None]
-    store(y, bias_ptr, y_ptr, o_all, t_all, T, O)
-
-
-@kernel
-def weight_only_kernel(
-    x_ptr, w_ptr, w_scale_ptr, w_offset_ptr, bias_ptr, y_ptr, T, O,
-    I: tl.constexpr, W_GROUP: tl.constexpr, PACKED: tl.constexpr, INTERPRETED: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """A tile [outputs, tokens] of y^T, the weight dequantized on the way."""
-    first_o, first_t = tile_of(T, O, BLOCK_O, BLOCK_T)
-    o_all = first_o + tl.arange(0, BLOCK_O)
-    t_all = first_t + tl.arange(0, BLOCK_T)
-    o = o_all % O
-    t = t_all % T
-    i = tl.arange(0, BLOCK_I)
-    h = tl.arange(0, BLOCK_I // 2)
-    y = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
-    for start in tl.range(0, I, BLOCK_I, num_stages=STAGES):
-        x = tl.load(x_ptr + t[None, :] * I + (start + i)[:, None])
-        if PACKED:
-            p = tl.load(w_ptr + o[:, None] * (I // 2) + (start // 2 + h)[None, :])
-            c = tl.interleave((p & 15).to(tl.int8), (p >> 4).to(tl.int8)).to(tl.float32)
-        else:
-            c = tl.load(w_ptr + o[:, None] * I + (start + i)[None, :]).to(tl.float32)
-        if w_offset_ptr is not None:
-            c += tl.load(w_offset_ptr + start // W_GROUP * O + o).to(tl.float32)[:, None]
-        w = (c * tl.load(w_scale_ptr + start // W_GROUP * O + o)[:, None]).to(x.dtype)
-        if INTERPRETED:  # the interpreter multiplies no bf16
-            y = tl.dot(w.to(tl.float32), x.to(tl.float32), y, input_precision="ieee")
-        else:
-            y = tl.dot(w, x, y, input_precision="ieee")
-    store(y, bias_ptr, y_ptr, o_all, t_all, T, O)
-
-
-@kernel
-def store(y, bias_ptr, y_ptr, o, t, T, O):
-    """y^T + b, where there is a bias, to y [tokens, outputs]."""
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
-    at = y_ptr + t[None, :].to(tl.int64) * O + o[:, None]
-    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(o < O)[:, None] & (t < T)[None, :])

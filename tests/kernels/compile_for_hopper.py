@@ -30,12 +30,12 @@ TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", torch.uint8: "u8",
     torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
-OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
+OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion", "maxnreg"}
 
 
 def compiled(function: JITFunction, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """What the launch function[...](*args, **named) runs on an H200."""
-    options = {k: v for k, v in named.items() if k in OPTIONS}
+    options = {k: v for k, v in named.items() if k in OPTIONS and v is not None}
     values = dict(zip(function.arg_names, args, strict=False))
     values |= {k: v for k, v in named.items() if k not in OPTIONS}
     signature: dict[str, str] = {}
