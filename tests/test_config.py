@@ -141,6 +141,7 @@ def test_what_the_tests_compose_is_what_hydra_does() -> None:
         (["tasks=mini_code"], ["mini_code", "eval.allow_code_execution=true"]),
         (["eval.limit=0"], ["eval.limit=0", "at least 1"]),
         (["eval.batch_size=0"], ["eval.batch_size=0", "at least 1"]),
+        (["eval.batch_size=big"], ["eval.batch_size=big", "positive integer, or auto"]),
         (["eval.eos_cut=last"], ["eos_cut=last", "first or none"]),
         (["eval.mc_num=12"], ["mc_num=12", "multiple", "mc_batch_size=8"]),
         (["eval.mc_num=some"], ["eval.mc_num=some", "auto"]),
@@ -493,6 +494,18 @@ def test_the_fingerprint_ignores_what_changes_no_number(override: str, default: 
 def test_the_fingerprint_knows_resolved_values(default: str) -> None:
     assert fingerprint(config(f"bits={config().widths()}"), "cpu") == default
     assert fingerprint(config(), "cuda:0") != default
+
+
+def test_the_fingerprint_knows_what_settles_automatic_batches(
+    monkeypatch: pytest.MonkeyPatch, default: str
+) -> None:
+    """All of the device's memory, not what is free; nothing of it where the size is a number."""
+    seen = {default}
+    for gigabytes in (16, 32):
+        monkeypatch.setattr("dllmq.models.memory.total_memory", lambda device, n=gigabytes: n * 2**30)
+        seen |= {fingerprint(config("eval.batch_size=auto"), "cpu")}
+        assert fingerprint(config(), "cpu") == default
+    assert len(seen) == 3
 
 
 def test_the_fingerprint_reads_threads_from_torch(monkeypatch: pytest.MonkeyPatch, default: str) -> None:

@@ -13,12 +13,13 @@ rounding: its sum runs in another order).
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-PIECE = 2**20  # logits worked on at once: 4 MB in float32
+PIECE = 2**20  # logits a thread works on at once: 4 MB in float32
 _TILE = 128  # of the two-level argmax; divides the vocabularies of LLaDA and Dream
 
 Kernel = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -32,7 +33,8 @@ def argmax_confidence(
     Args:
         never_trusted: ids whose logits count as -inf in the softmax, though not in x0: p of them is 0.
     """
-    kernel = _kernel() if logits.is_cuda and not never_trusted else None
+    fits = logits.is_cuda and logits.dtype != torch.float64 and not never_trusted
+    kernel = _kernel() if fits else None
     if kernel is not None:
         return kernel(logits)
     parts = [_of_piece(piece, never_trusted) for piece in pieces(logits)]
@@ -57,7 +59,8 @@ def exclude(logits: Float[Tensor, "n E"], ids: list[int]) -> Float[Tensor, "n E"
 
 def rows_of(logits: Float[Tensor, "n E"]) -> int:
     """Positions worked on at once: on a GPU all of them."""
-    return max(1, PIECE // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+    rows = torch.get_num_threads() * PIECE // logits.shape[1] if logits.device.type == "cpu" else len(logits)
+    return max(1, rows)
 
 
 def pieces(logits: Float[Tensor, "n E"]) -> Iterator[Float[Tensor, "r E"]]:
@@ -90,7 +93,6 @@ def _argmax(x: Float[Tensor, "r E"]) -> Int[Tensor, " r"]:
 
 @cache
 def _kernel() -> Kernel | None:
-    try:
-        return import_module("dllmq.kernels.triton_confidence").argmax_confidence
-    except ImportError:
+    if find_spec("triton") is None or find_spec("dllmq.kernels.triton_confidence") is None:
         return None
+    return import_module("dllmq.kernels.triton_confidence").argmax_confidence

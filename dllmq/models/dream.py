@@ -175,7 +175,7 @@ class DreamMLP(nn.Module):
         self.down_proj = Linear(f, d, bias=False)
 
     def forward(self, h: Float[Tensor, "B L d"]) -> Float[Tensor, "B L d"]:
-        return self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+        return self.down_proj(F.silu(self.gate_proj(h)).mul_(self.up_proj(h)))
 
 
 _CHILD_OF = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn") | dict.fromkeys(
@@ -217,8 +217,8 @@ class DreamBlock(Block):
     def forward(
         self, x: Float[Tensor, "B L d"], ctx: BlockContext, at: slice | None = None
     ) -> Float[Tensor, "B c d"]:
-        x = columns(x, at) + self.attention(self.input_layernorm(x), ctx, at)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self.attention(self.input_layernorm(x), ctx, at).add_(columns(x, at))
+        return self.mlp(self.post_attention_layernorm(x)).add_(x)
 
     def project(
         self, h: Float[Tensor, "B L d"], ctx: BlockContext, at: slice | None = None

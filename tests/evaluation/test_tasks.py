@@ -212,7 +212,8 @@ def test_result_has_the_promised_form(result: EvalResult) -> None:
             spread = sum((v - score["value"]) ** 2 for v in values) / 3
             assert score["stderr"] == pytest.approx(math.sqrt(spread / 4))
     assert set(result.counters["mini_gsm"]) == {
-        "requests", "forwards", "positions", "answer_forwards", "generated_tokens", "truncated", "seconds",
+        "requests", "forwards", "positions", "answer_forwards", "generated_tokens", "truncated",
+        "batch_size", "seconds",
     }  # fmt: skip
     assert result.counters["mini_gsm"]["forwards"] == 16
     assert result.counters["mini_choice"]["requests"] == 16

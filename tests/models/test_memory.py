@@ -85,3 +85,13 @@ def test_the_smaller_of_the_two_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert free_memory("cpu") == 50
     monkeypatch.setattr(memory, "_available", lambda _: None)
     assert free_memory("cpu") is None
+
+
+def test_total_memory_is_what_the_machine_has_or_its_group_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_meminfo", lambda path, field: {"MemTotal": 64 * GB}[field])
+    monkeypatch.setattr(memory, "_limit", lambda folder, read=memory._limit: read(tmp_path))
+    for limit, expected in (("max\n", 64 * GB), (f"{8 * GB}\n", 8 * GB), (f"{80 * GB}\n", 64 * GB)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert memory.total_memory("cpu") == expected

@@ -54,8 +54,7 @@ def equal(a: Tensor, b: Tensor) -> None:
 
 
 @pytest.mark.parametrize("make", [llada, dream])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
+@pytest.mark.parametrize(("padded", "cfg_scale"), [(False, 0.0), (True, 0.0), (True, 1.5)])
 @pytest.mark.parametrize(
     "at", [[(0, 0)], [(0, 31), (2, 32)], [(1, 69), (0, 3)], [(2, 64)], [(1, 40), (2, 41)]]
 )
@@ -87,9 +86,9 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("observe", ["committable", "masked", "all"])
+@pytest.mark.parametrize("observe", ["committable", "all"])
 def test_llada_denoises_the_same(options: dict, observe: str) -> None:
-    model, (ids, mask), config = llada(), canvas(3, 38), SamplerConfig(32, 16, 8, **options)
+    model, (ids, mask), config = llada(), canvas(3, 38), SamplerConfig(24, 6, 8, **options)
     ids[1, 30] = MASK  # a mask of the prompt widens the window
     runs = [
         list(denoise(m, ids, config, mask, torch.Generator().manual_seed(0), observe, True))
@@ -106,7 +105,7 @@ def test_llada_denoises_the_same(options: dict, observe: str) -> None:
     [{"remasking": "entropy"}, {"remasking": "origin", "temperature": 0.6}, {"remasking": "topk_margin"}],
 )
 def test_dream_denoises_the_same(options: dict) -> None:
-    model, (ids, mask), config = dream(), canvas(3, 38), SamplerConfig(32, 16, 32, **options)
+    model, (ids, mask), config = dream(), canvas(3, 38), SamplerConfig(24, 8, 24, **options)
     a, b = (
         generate(m, ids, config, mask, torch.Generator().manual_seed(0)).tokens for m in (model, Whole(model))
     )
@@ -131,7 +130,7 @@ def quantize_weight(W: Tensor, grid: Grid) -> QuantizedTensor:
 
 
 def test_quantized_models_denoise_the_same() -> None:
-    model, (ids, mask), config = quantized(), canvas(3, 38), SamplerConfig(16, 16, 8)
+    model, (ids, mask), config = quantized(), canvas(3, 38), SamplerConfig(16, 4, 8)
     a, b = (generate(m, ids, config, mask).tokens for m in (model, Whole(model)))
     assert torch.equal(a, b)
 
