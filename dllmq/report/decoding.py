@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dllmq.report.cells import delta_cell, doubtful, number_cell, p_cell, score_cell, tests_used
-from dllmq.report.compare import Delta, delta, holm_corrected
+from dllmq.report.compare import Delta, delta, holm_corrected, matched
 from dllmq.report.groups import Group, as_group, groups, is_share, label, score, tasks, varying_axes
 from dllmq.report.results import Sweep
 from dllmq.report.table import EMPTY, KEEP, Cell, Column, Row, Table
@@ -54,20 +54,16 @@ def decoding_effects(sweep: Sweep) -> list[DecodingEffect]:
 
 
 def exact_twin(sweep: Sweep, group: Group) -> Group | None:
-    """The group with cache and threshold off and everything else equal; None when there is none."""
+    """The group with cache and threshold off and everything else equal; None when there is none.
+
+    Of full precision it is the sweep's reference, where this is the runs' own.
+    """
+    reference = sweep.baseline
+    if group.axes.get("method") == "fp" and reference is not None:
+        return as_group(reference) if matched(group, reference) else None
     wanted = _without(group.axes)
     matches = [g for g in groups(sweep) if not approximate(g.axes) and _without(g.axes) == wanted]
-    if len(matches) == 1:
-        return matches[0]
-    reference = sweep.baseline
-    own = group.axes.get("method") == "fp" and reference is not None
-    return as_group(reference) if own and _same_reference(group, sweep) else None  # type: ignore[arg-type]
-
-
-def _same_reference(group: Group, sweep: Sweep) -> bool:
-    """Whether the sweep's full precision is the runs' own."""
-    assert sweep.baseline is not None
-    return all(r.notes.get("baseline") in (None, sweep.baseline.fingerprint) for r in group.records)
+    return matches[0] if len(matches) == 1 else None
 
 
 def _side(sweep: Sweep, twin: Group) -> Any:
