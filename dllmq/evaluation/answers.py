@@ -21,7 +21,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,16 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch's answers: one JSON value a row, and what they took."""
+    """A batch's answers: one JSON value a row, and what they took.
+
+    Attributes:
+        counts: of the harness's other counters.
+    """
 
     values: list[Any]
     forwards: int = 0
     seconds: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class AnswerLog:
             return known
         start = time.perf_counter()
         made = answer()
-        made = Batch(made.values, made.forwards, time.perf_counter() - start)
+        made = replace(made, seconds=time.perf_counter() - start)
         self.add(name, made, problems)
         interrupt.check()
         return made
@@ -137,7 +142,7 @@ class AnswerLog:
         if row < len(problems):
             line["problem"] = problems[row]
         if row == 0:
-            line |= {"forwards": batch.forwards, "seconds": batch.seconds}
+            line |= {"forwards": batch.forwards, "seconds": batch.seconds, "counts": batch.counts}
         return line | {"value": batch.values[row]}
 
     def _append(self, text: str) -> None:
@@ -206,11 +211,17 @@ def _batches(file: Path, key: str) -> dict[str, Batch]:
     rows: dict[str, dict[int, dict[str, Any]]] = {}
     for line in _whole(lines[1:]):
         rows.setdefault(line["batch"], {})[line["row"]] = line
-    return {
-        name: Batch([of[i]["value"] for i in range(len(of))], of[0]["forwards"], of[0]["seconds"])
-        for name, of in rows.items()
-        if 0 in of and set(of) == set(range(of[0]["of"]))
-    }
+    found = {name: batch_of(lines) for name, lines in rows.items()}
+    return {name: batch for name, batch in found.items() if batch is not None}
+
+
+def batch_of(lines: dict[int, dict[str, Any]]) -> Batch | None:
+    """A batch from its lines by row; None where some are not there."""
+    if 0 not in lines or set(lines) != set(range(lines[0]["of"])):
+        return None
+    first = lines[0]
+    values = [lines[row]["value"] for row in range(len(lines))]
+    return Batch(values, first["forwards"], first["seconds"], first["counts"])
 
 
 def _whole(lines: list[bytes]) -> Iterator[dict[str, Any]]:

@@ -186,15 +186,17 @@ class DiffusionLM(LM):
     def _kept(
         self, kind: str, index: int, content: Any, answer: Callable[[], list[Any]], problems: list[str]
     ) -> list[Any]:
-        """What the log knows of a batch, or answer(), which goes into the log; forwards are counted alike."""
-        before = self.counters.forwards
+        """What the log knows of a batch, or answer(), which goes into the log; counters are the same."""
+        before = dict(vars(self.counters))
 
         def counted() -> Batch:
             values = answer()
-            return Batch(values, self.counters.forwards - before)
+            counts = {name: now - before[name] for name, now in vars(self.counters).items()}
+            return Batch(values, counts.pop("forwards"), counts={k: n for k, n in counts.items() if n})
 
         batch = self.answers.batch(kind, index, content, counted, problems)
-        self.counters.forwards = before + batch.forwards
+        for name, count in ({"forwards": batch.forwards} | batch.counts).items():
+            setattr(self.counters, name, before[name] + count)
         return batch.values
 
     def _tell_restored(self, batches: int, of: int) -> None:

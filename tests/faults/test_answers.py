@@ -25,7 +25,7 @@ def never() -> Batch:
 
 
 def answered(values: list[Any]) -> Callable[[], Batch]:
-    return lambda: Batch(values, forwards=3)
+    return lambda: Batch(values, forwards=3, counts={"positions": 9})
 
 
 def test_a_batch_is_answered_once(tmp_path: Path) -> None:
