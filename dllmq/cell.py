@@ -24,7 +24,7 @@ from dllmq.cache import Cache
 from dllmq.calibration.hidden import Spill
 from dllmq.calibration.states import Trajectory
 from dllmq.checkpoint import save_quantized
-from dllmq.config import Plan, RunConfig, build, fingerprint, fingerprint_of, fingerprint_parts
+from dllmq.config import Plan, RunConfig, build, fingerprint_of, fingerprint_parts
 from dllmq.evaluation import sandbox
 from dllmq.evaluation.answers import AnswerFolder
 from dllmq.evaluation.divergence import measure_divergence
@@ -82,7 +82,8 @@ class Cell:
         self.stages, self.backend = Stages(plan.device), ""
         self.parts = fingerprint_parts(self.config, plan.device)
         self.key = fingerprint_of(self.parts)
-        self.fp_key = fingerprint(_reference_config(self.config), plan.device)
+        self.fp_parts = fingerprint_parts(_reference_config(self.config), plan.device)
+        self.fp_key = fingerprint_of(self.fp_parts)
         self.machine = describe_device(plan.device)
         self.resume = Resume(folder / FOLDER, self.parts | {"machine": self.machine})
 
@@ -308,7 +309,8 @@ class Cell:
         record, result = self._measure(model, shared.tokenizer, None, report, [], answers)
         reference = _reference_config(self.config)
         record = replace(record, run_name="full precision", fingerprint=self.fp_key,
-                         config=reference.plain(), seed=reference.seed, axes=reference.axes())  # fmt: skip
+                         config=reference.plain(), seed=reference.seed, axes=reference.axes(),
+                         notes=record.notes | {"identity": _identity(self.fp_parts)})  # fmt: skip
         self.stages = stages
         return Baseline(RunRecord(**record.to_json()), to_plain(result.samples))
 
@@ -354,7 +356,7 @@ class Cell:
             per_problem=result.per_problem,
             calibration=report.states,
             notes={"method": report.notes, "backend": self.backend, "counters": result.counters}
-            | {"identity": {k: v for k, v in self.parts.items() if k != "config"}}
+            | {"identity": _identity(self.parts)}
             | {"baseline": self.fp_key, "settings": {k: asdict(v) for k, v in config.answers().items()}}
             | {k: v for k, v in {"published": config.published(), "subtasks": result.subtasks}.items() if v}
             | ({"approximate decoding": config.approximations()} if config.approximations() else {})
@@ -410,6 +412,11 @@ class Reference:
     prompts: list[Tensor]
     trajectories: list[Trajectory]
     forced: FidelityReference
+
+
+def _identity(parts: dict[str, Any]) -> dict[str, Any]:
+    """What a fingerprint is of beside the config, which a record has anyway."""
+    return {key: value for key, value in parts.items() if key != "config"}
 
 
 def _copied(action: Callable[..., object], *arguments: Any) -> None:

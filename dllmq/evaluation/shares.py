@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dllmq import interrupt
-from dllmq.evaluation.answers import AnswerFolder, AnswerLog, Batch, _is_header, _opened, batch_name
+from dllmq.evaluation.answers import AnswerFolder, AnswerLog, Batch, _is_header, _opened, batch_name, batch_of
 
 log = logging.getLogger(__name__)
 _BLANKS: dict[str, Any] = {"generate_until": [], "loglikelihood": 0.0, "greedy": False}
@@ -123,9 +123,9 @@ class Tail:
                 continue
             rows = self._rows.setdefault(line["batch"], {})
             rows[line["row"]] = line
-            if 0 in rows and set(rows) == set(range(rows[0]["of"])):
-                values = [rows[i]["value"] for i in range(len(rows))]
-                found[line["batch"]] = Batch(values, rows[0]["forwards"], rows[0]["seconds"])
+            batch = batch_of(rows)
+            if batch is not None:
+                found[line["batch"]] = batch
                 del self._rows[line["batch"]]
         return found
 

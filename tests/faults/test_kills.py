@@ -67,7 +67,7 @@ def test_a_signal_ends_the_sweep_and_says_how_to_continue(tmp_path: Path) -> Non
 
 
 def test_the_study_lost_nothing_and_got_nothing_wrong() -> None:
-    """The committed record: 200 faults of nine kinds in every stage, all recovered; the table counts them."""
+    """The committed record: 200 faults of nine kinds in every stage; the table counts them."""
     faults = json.loads((STUDY / "results.json").read_text())["faults"]
     assert len(faults) >= 200 and {fault["outcome"] for fault in faults} == {"recovered"}
     stages = {fault["event"][1] for fault in faults}
