@@ -76,7 +76,7 @@ def setups(args: argparse.Namespace) -> list[tuple[str, Setup]]:
     repeats = args.repeats or (1 if args.quick else 5)
     found = []
     for name in args.sections or SECTIONS:
-        for shape in shapes[:1] if name in SHAPELESS else shapes:
+        for shape in shapes_of(name, shapes):
             dtype = DTYPES[default_dtype(shape) if args.dtype == "auto" else args.dtype]
             if name in (*SHAPELESS, "memory") and args.dtype == "auto":
                 dtype = torch.bfloat16
@@ -84,6 +84,13 @@ def setups(args: argparse.Namespace) -> list[tuple[str, Setup]]:
                 check_room(shape, device, dtype)
             found.append((name, Setup(shape, device, dtype, repeats, args.quick)))
     return found
+
+
+def shapes_of(section: str, shapes: list[str]) -> list[str]:
+    """Those of the shapes that a section is measured at."""
+    if section in SHAPELESS:
+        return shapes[:1]
+    return ["mini"] if section == "evaluate" and "mini" in shapes else shapes
 
 
 def device_of(text: str) -> torch.device:

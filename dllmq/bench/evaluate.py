@@ -54,10 +54,7 @@ def measure(setup: Setup, sheet: Sheet) -> None:
         with torch.no_grad():
             found = interleaved(runs, setup.repeats, setup.device)
     ours = found["dllmq"]
-    for key, name in (
-        ("evaluate.single", SINGLE),
-        ("evaluate.batch", FULL),
-    ):
+    for key, name in (("evaluate.single", SINGLE), ("evaluate.batch", FULL)):
         base = found[name]
         theirs, mine = answers(base.output), answers(ours.output)
         row = timed_row(

@@ -62,7 +62,7 @@ def _draw(rows: Sequence[Row], section: Section):  # matplotlib is imported late
     axis.set_yticks(range(len(rows)), [label(row, rows) for row in rows])
     axis.set_ylim(len(rows) - 0.5, -0.5)
     unit = "smaller" if rows[0].unit == "B" else "faster"
-    axis.set_xlabel(f"baseline / ours (log scale; right of 1 is {unit})")
+    axis.set_xlabel(f"baseline / ours (above 1 is {unit})")
     axis.set_title(f"{section.section}, {section.shape}")
     return figure
 

@@ -47,7 +47,7 @@ def solve(
     return codes, params
 
 
-def running_gram(batches: list[Float[Tensor, "N I"]]) -> Float[Tensor, "I I"]:
+def running_gram(batches: list[Float[Tensor, "_ I"]]) -> Float[Tensor, "I I"]:
     """H = 2 / n sum_j x_j x_j^T as a running mean over batches, in fp32, one product a batch."""
     H = batches[0].new_zeros(batches[0].shape[1], batches[0].shape[1], dtype=torch.float32)
     seen = 0

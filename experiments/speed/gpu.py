@@ -35,7 +35,7 @@ from dllmq.bench.shapes import DTYPES, SHAPES, Setup, default_dtype  # noqa: E40
 from dllmq.bench.study import write_tables  # noqa: E402
 from dllmq.report.results import write_json_atomic, write_text_atomic  # noqa: E402
 
-BUDGET = {"tests": 100, "linear": 80, "generate": 140, "memory": 60, "quantize": 190}  # seconds
+BUDGET = {"tests": 90, "linear": 120, "generate": 130, "memory": 50, "quantize": 180}  # seconds
 TOTAL = 570
 
 

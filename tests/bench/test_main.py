@@ -106,7 +106,7 @@ def test_a_section_that_breaks_off_leaves_its_rows(monkeypatch: Any, tmp_path: P
 def test_sections_with_sizes_of_their_own_run_once_for_several_shapes() -> None:
     args = bench.arguments(["--shape", "mini,tiny", "--quick", "--device", "cpu"])
     names = [name for name, _ in bench.setups(args)]
-    assert names == ["generate", "generate", "quantize", "linear", "evaluate", "evaluate", "memory", "memory"]
+    assert names == ["generate", "generate", "quantize", "linear", "evaluate", "memory", "memory"]
 
 
 def test_report_prints_the_page_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
