@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
@@ -96,8 +95,8 @@ def pays(device: str, weight: Grid, inputs: Grid | None, I: int, dtype: torch.dt
 
 
 def _triton() -> tuple[Backend, ...]:
-    name = "dllmq.kernels.triton_linear"
-    if find_spec("triton") is None or find_spec(name) is None:
+    if find_spec("triton") is None:
         return ()
-    kernel: Any = import_module(name)
-    return (Backend("triton", kernel, lambda: True),)
+    from dllmq.kernels import triton_linear
+
+    return (Backend("triton", triton_linear, lambda: True),)
