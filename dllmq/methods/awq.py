@@ -345,10 +345,11 @@ class AWQ:
 def module_loss(group: LinearGroup, inputs: Sequence[GroupInput], grid: Grid) -> Callable[[Tensor], float]:
     """s -> sum_j c_j ||f(Q(W s) / s; x_j) - f(W; x_j)||^2 with f the group's inspected module.
 
-    f runs on all inputs for each s, except where it is the linears themselves (`linear_loss`).
+    f runs on all inputs for each s, except where it is the linears themselves and there are more tokens than
+    channels (`linear_loss`).
     """
     weights = group.weights
-    if group.inspects_itself:
+    if group.inspects_itself and sum(batch.weight.numel() for batch in inputs) > inputs[0].X.shape[-1]:
         H = collect(frozenset({"gram"}), list(inputs)).gram
         assert H is not None, "there are inputs"
         return linear_loss(weights.values(), H, grid)

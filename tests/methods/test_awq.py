@@ -125,12 +125,12 @@ def test_loss_at_a_linear_output_equals_running_it(grid: Grid) -> None:
 
 def test_a_models_groups_say_whose_output_is_linear() -> None:
     """Attention output and down-projection are judged at their own outputs, as running the block shows."""
-    model, X = tiny_model(), {32: torch.randn(2, 6, 32), 48: torch.randn(2, 6, 48)}
+    model, X = tiny_model(), {32: torch.randn(4, 20, 32), 48: torch.randn(4, 20, 48)}
     linear = []
     for row in model.topology.groups:
         group = linear_group(model, 0, row)
         inputs = X[next(iter(group.weights.values())).shape[1]]
-        batch = GroupInput(inputs, torch.rand(2, 6), torch.ones(2, 6, dtype=torch.bool))
+        batch = GroupInput(inputs, torch.rand(4, 20), torch.ones(4, 20, dtype=torch.bool))
         if group.inspects_itself:
             linear.append(row.name)
             s = torch.rand(inputs.shape[-1]) + 0.5
@@ -139,6 +139,21 @@ def test_a_models_groups_say_whose_output_is_linear() -> None:
             )
             assert fast == pytest.approx(run, rel=1e-4) and fast > 0
     assert linear == ["attn_out", "down"]
+
+
+def test_few_tokens_are_run() -> None:
+    """With fewer tokens than channels the Gram matrix would be the longer way: the outputs are looked at."""
+    calls = []
+
+    def outputs(weights: dict[str, Tensor], X: Tensor, valid: Tensor | None) -> Tensor:
+        calls.append(len(X))
+        return F.linear(X, weights["up"])
+
+    _, X, c = problem(tokens=10)
+    batch = GroupInput(X[None], c[None], torch.ones(1, 10, dtype=torch.bool))
+    loss = module_loss(replace(group(), inspect=outputs, inspects_itself=True), [batch], Grid(3))
+    D = rtn(group().weights["up"], Grid(3)) - group().weights["up"]
+    assert loss(torch.ones(I)) == pytest.approx(layer_error(D, X, c), rel=1e-4) and calls == [1, 1]
 
 
 def _never(*_: object) -> Tensor:
