@@ -3,9 +3,9 @@
     q_i = quant(w_i),   e_i = (w_i - q_i) / U_ii,   w_j <- w_j - e_i U_ij  for i < j < B
 
 A program keeps [B columns, some rows of W] in registers from the first column to the last; nothing but U is
-read in between. The operations and their order are those of `methods.gptq.solve_columns`, each rounded on its
-own, so the codes are the same bit for bit for the same U. Everything is transposed: a column of W is a row
-here, contiguous in memory.
+read in between. Errors are spread one column after the other (right-looking), each operation rounded on its
+own; `methods.gptq.solve_columns` sums them per half (left-looking), so codes are equal up to rounding ties.
+Everything is transposed: a column of W is a row here, contiguous in memory.
 
 Legend: O rows of W, B columns of the block, U its upper triangular factor, e errors.
 """
