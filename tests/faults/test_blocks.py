@@ -17,6 +17,7 @@ from dllmq.numerics import Grid
 from dllmq.pipeline import quantize, quantized_linears
 from dllmq.recipe import AttentionGrids, Recipe
 
+SLOW = pytest.mark.slow
 FULL = AttentionGrids(P=Grid(4), V=Grid(4), QK=Grid(4))
 
 
@@ -73,8 +74,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("architecture", ["llada", "dream"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("architecture", "case"),
+    [("llada", "gptq"), ("dream", "awq"), ("llada", "rtn")]
+    + [pytest.param(*pair, marks=SLOW) for pair in (("dream", "gptq"), ("llada", "awq"), ("dream", "rtn"))],
+)
 def test_a_stopped_quantization_goes_on_bit_for_bit(tmp_path: Path, architecture: str, case: str) -> None:
     whole, notes = run(CASES[case], None, architecture)
     with pytest.raises(Killed):
@@ -107,7 +111,9 @@ def test_blocks_of_another_key_are_not_taken(tmp_path: Path) -> None:
     assert other.restored == 0
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "cut", *(pytest.param(d, marks=SLOW) for d in ("empty", "other"))]
+)
 def test_a_damaged_block_is_made_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     whole, _ = run(CASES["gptq"], store(tmp_path))
     first, second = sorted(f for f in tmp_path.glob("block/*/*") if len(f.name) == 64)

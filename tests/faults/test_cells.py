@@ -141,6 +141,7 @@ def test_batches_of_full_precision_are_not_run_twice(tmp_path: Path, cell: Calla
     assert of_calibration.count("mini_gsm: denoising steps 1") == 0
 
 
+@SLOW
 def test_a_signal_ends_the_cell_after_its_block(
     tmp_path: Path, cell: Callable[..., Cell], plain: dict[str, Any]
 ) -> None:
@@ -189,6 +190,7 @@ def test_resume_false_begins_again(tmp_path: Path, cell: Callable[..., Cell], pl
 # ------------------------------------------------------------------ damaged
 
 
+@SLOW
 def test_damage_anywhere_is_made_good(
     tmp_path: Path, cell: Callable[..., Cell], plain: dict[str, Any]
 ) -> None:
@@ -307,6 +309,7 @@ def test_an_overflow_names_its_layer(
             cell(tmp_path, f"method={method}").run()
 
 
+@SLOW
 def test_a_singular_hessian_names_its_layer_and_the_remedy(tmp_path: Path, cell: Callable[..., Cell]) -> None:
     with pytest.raises(ValueError, match=r"blocks\.0\..*raise damp"):
         cell(tmp_path, "method.damp=1e-30", "calibration.num_states=1").run()
