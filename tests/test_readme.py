@@ -50,6 +50,8 @@ def test_every_command_is_covered_here() -> None:
         ".venv/bin/python -m dllmq.run -m method=awq,gptq tmas=true,false",
         "python -m dllmq.report outputs/bitwidth",
         "python -m dllmq.generate --side-by-side method=rtn bits=w2a4",  # run by tests/test_docs.py
+        "python -m dllmq.bench --quick",
+        "python -m dllmq.status outputs/bitwidth",
     ]
     assert len(RUNS) >= 8
 
@@ -125,6 +127,16 @@ def test_run_commands(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert {"baseline.json", "summary.json", "table.md", "report.html"} <= {f.name for f in folder.iterdir()}
     if "experiment=bitwidth" in command:
         run("python -m dllmq.report outputs/bitwidth", tmp_path, monkeypatch, [])
+        run("python -m dllmq.status outputs/bitwidth", tmp_path, monkeypatch, [])
+
+
+@pytest.mark.slow
+def test_the_bench_runs(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dllmq.bench", "--quick", "--threads", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "textbook" in done.stdout
 
 
 def cells_of(command: str) -> int:

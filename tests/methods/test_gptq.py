@@ -1,6 +1,5 @@
 """GPTQ against OBQ as the paper defines it, and what must not change its result."""
 
-
 import pytest
 import torch
 from torch import Tensor
