@@ -72,7 +72,7 @@ def label(row: Row, rows: Sequence[Row]) -> str:
     same = [r for r in rows if r.what == row.what]
     if len(same) == 1:
         return row.what
-    size = row.shape.split(", ")[1] if row.shape.count(", ") > 1 else row.shape
+    size = row.shape.partition(", ")[0]
     if len({(r.what, r.shape) for r in same}) < len(same):
         return f"{row.what} over {row.baseline}"
     return f"{row.what}, {size}"
