@@ -126,7 +126,8 @@ def test_a_finished_cell_without_its_export_is_run_again(
         if self.config.export is not None:
             record.notes["export"] = {"format": self.config.export, "folder": "model"}
             (self.folder / "model").mkdir(exist_ok=True, parents=True)
-            (self.folder / "model" / RECORD).write_text("{}")
+            made = {"run": {"fingerprint": self.key}}
+            (self.folder / "model" / RECORD).write_text(json.dumps(made))
         return record
 
     monkeypatch.setattr(Cell, "_compute", compute)

@@ -135,7 +135,8 @@ def test_scores_are_those_of_the_tasks_that_exist():
 @cache
 def real_names() -> dict[str, set[str]]:
     """Task -> its metrics, in the committed records."""
-    files = [*(ROOT / "experiments").glob("*/*/results.json"), *(ROOT / "experiments").rglob("baseline.json")]
+    cells = (f for f in (ROOT / "experiments").glob("*/*/results.json") if "robustness" not in f.parts)
+    files = [*cells, *(ROOT / "experiments").rglob("baseline.json")]
     found: dict[str, set[str]] = {}
     for scores in (load_record(file).scores for file in files):
         for task, metrics in scores.items():
