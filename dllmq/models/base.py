@@ -374,4 +374,4 @@ def check_types(config_class: type, known: dict[str, Any]) -> None:
             limit = f"<= {most}" if isinstance(value, accepted) and value > most else f">= {least}"
             needed = f"{'an integer' if kinds[name] == 'int' else 'a number'} {limit}"
         if not good:
-            raise ValueError(f"config.json has {name} = {repr(value):.80}; it must be {needed}.")
+            raise ValueError(f"config.json has {name} = {value!r:.80}; it must be {needed}.")
