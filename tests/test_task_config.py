@@ -184,7 +184,7 @@ def test_the_fingerprint_holds_data_settings_and_lm_eval(
     assert len(keys) >= 4
     write_rows(folder / "gsm8k" / "train.jsonl", [MAKE["gsm8k"](i) for i in range(6)])
     assert key() != first and key("tasks.num_fewshot=0") == key("tasks.num_fewshot=0", where=moved)
-    monkeypatch.setattr("dllmq.config.version", lambda name: "0.0")
+    monkeypatch.setattr("dllmq.config.fingerprints.version", lambda name: "0.0")
     assert key(where=moved) != first
 
 

@@ -1,0 +1,203 @@
+"""What can be wrong with a run, found before a weight is read: `check_cell`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from dllmq.calibration.prompts import read_prompts
+from dllmq.checkpoint.formats import EXPORTS, layout_of
+from dllmq.config.loading import load
+from dllmq.config.schema import DTYPES, RunConfig
+from dllmq.config.values import build, choose
+from dllmq.diffusion import check_sampler
+from dllmq.evaluation.tasks import check_code_execution, check_task_data, check_tasks
+from dllmq.kernels.backends import find_backend
+from dllmq.methods import FP
+from dllmq.models.linear import BACKENDS
+from dllmq.models.memory import MEMORY
+from dllmq.recipe import Recipe
+from dllmq.techniques.cgq import CGQ
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has passed every check that needs no weights."""
+
+    config: RunConfig
+    recipe: Recipe
+    device: str
+    parameters: int
+
+
+def check_cell(cfg: DictConfig, stored: bool = False) -> Plan:
+    """Everything that can be wrong with a run, found without reading weights.
+
+    Args:
+        stored: a quantized folder is taken too, to be run as it is; else it is refused.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    from dllmq.models.loading import checkpoint_folder, is_hub_id
+    from dllmq.pipeline import check_group_sizes
+
+    config = load(cfg)
+    _check_ranges(config)
+    recipe = config.recipe()
+    if config.export is not None:
+        choose("export", config.export, {"null": None} | EXPORTS)
+    build("tracker", config.tracker)
+    check_tasks(config.tasks.names)
+    answers = config.answers()
+    check_code_execution(config.tasks.names, config.eval.allow_code_execution)
+    check_task_data(config.tasks.names, answers, config.data_dir)
+    choose("model.dtype", config.model.dtype, dict.fromkeys(DTYPES))
+    choose("backend", config.backend, dict.fromkeys(BACKENDS))
+    choose("memory", config.memory, dict.fromkeys(MEMORY))
+    _check_calibration(config, recipe)
+    device = device_of(config)
+    if config.dry_run and config.model.path is not None and is_hub_id(config.model.path):
+        return Plan(config, recipe, device, 0)  # a dry run downloads nothing
+    model = _checked_skeleton(checkpoint_folder(config.model_path), stored)
+    check_sampler(model.config, recipe.sampler)
+    for answer in answers.values():
+        check_sampler(model.config, answer.sampler)
+    check_group_sizes(model, recipe)
+    _check_backend(config, recipe, device, model)
+    _check_export(config, recipe, model)
+    return Plan(config, recipe, device, sum(p.numel() for p in model.parameters()))
+
+
+def _checked_skeleton(folder: Path, stored: bool) -> Any:
+    """The folder's model without weights, after comparing config.json and headers; see `check_cell`."""
+    from dllmq.models.loading import check_tensors, read_config, skeleton, weight_files
+    from dllmq.models.quantized_loading import check_folder
+    from dllmq.models.stored import read_stored
+
+    found = read_stored(folder) if (folder / "config.json").is_file() else None
+    if found is None:
+        model = skeleton(*read_config(folder))
+        check_tensors(weight_files(folder), {name: p.shape for name, p in model.state_dict().items()})
+        return model
+    if not stored:
+        raise ValueError(
+            f"model path {folder} is quantized already; give the full-precision checkpoint it was made from, "
+            "or score the folder as it is with python -m dllmq.evaluation.plugin."
+        )
+    return check_folder(folder, found).model
+
+
+def _check_ranges(config: RunConfig) -> None:
+    for node, name, least in (
+        (config.eval, "batch_size", 1),
+        (config.calibration, "num_states", 1),
+        (config.calibration, "num_prompts", 1),
+        (config.calibration, "batch_size", 1),
+        (config.eval, "fidelity_states", 0),
+        (config.eval, "fidelity_prompts", 1),
+        (config.eval, "limit", 1),
+        (config, "max_state_bytes", 0),
+    ):
+        value = getattr(node, name)
+        if isinstance(value, int) and value < least:
+            group = {id(config.eval): "eval.", id(config.calibration): "calibration."}.get(id(node), "")
+            raise ValueError(f"{group}{name}={value} is too small; it must be at least {least}.")
+    if isinstance(config.eval.batch_size, str) and config.eval.batch_size != "auto":
+        raise ValueError(
+            f"eval.batch_size={config.eval.batch_size} is not known; it is a positive integer, or auto."
+        )
+    if config.threads is not None and config.threads < 1:
+        raise ValueError(f"threads={config.threads} is too small; it must be at least 1, or null.")
+    if not 0 <= config.seed < 2**62:
+        raise ValueError(f"seed={config.seed} is out of range; it is an integer from 0 to 2^62.")
+    if config.group_size < -1:
+        raise ValueError(
+            f"group_size={config.group_size} is not known; it is -1 (one scale per output channel), 0 "
+            "(one per tensor) or a positive number of input channels."
+        )
+    if config.act_group_size < -1 or config.act_group_size == 0:
+        raise ValueError(
+            f"act_group_size={config.act_group_size} is not known; it is -1 (one scale per token) or a "
+            "positive number of its channels."
+        )
+
+
+def _check_calibration(config: RunConfig, recipe: Recipe) -> None:
+    """Tokens that weigh, enough prompts in the file, and enough states for TMAS, which takes none twice."""
+    c = config.calibration
+    weightless = isinstance(recipe.token_weight, CGQ) and recipe.token_weight.weightless_without_masks
+    if weightless and recipe.states.name == "clean" and recipe.method.needs:
+        raise ValueError(
+            "cgq_unmasked=0 weighs every token of clean text 0: calibrate on masked states (tmas=true, or "
+            "calibration.states=random_mask or uniform), or give a positive cgq_unmasked."
+        )
+    if c.data is not None:
+        if not Path(c.data).is_file():
+            raise ValueError(f"calibration.data={c.data} is not a file; give a JSONL file, or null.")
+        read_prompts(Path(c.data), c.num_prompts + config.eval.fidelity_prompts)
+    steps = min(config.sampler.steps, config.sampler.gen_length)  # a step that commits nothing is no state
+    if (config.tmas or c.states == "tmas") and c.num_states > c.num_prompts * steps:
+        raise ValueError(
+            f"calibration.num_states={c.num_states}, but {c.num_prompts} prompts of {steps} steps have "
+            f"{c.num_prompts * steps} states: ask for fewer, or raise calibration.num_prompts."
+        )
+
+
+def _check_backend(config: RunConfig, recipe: Recipe, device: str, model: Any) -> None:
+    """Whether the packed backend, where it is asked for, has a kernel for every linear of the model."""
+    if config.backend != "packed" or isinstance(recipe.method, FP):
+        return
+    assert recipe.weights is not None
+    for name in (name for row in model.topology.groups for name in row.linears):
+        O, I = getattr(model.blocks[0], name).weight.shape
+        if find_backend(device.split(":")[0], recipe.weights, recipe.inputs, O, I) is None:
+            raise ValueError(
+                f"backend=packed has no kernel on {device} for {name} with its {I} inputs at these bits, "
+                f"group_size={config.group_size} and act_group_size={config.act_group_size}; use "
+                "backend=fake or auto."
+            )
+
+
+def _check_export(config: RunConfig, recipe: Recipe, model: Any) -> None:
+    """Whether the export's format can hold the model's grids and sizes."""
+    if config.export is None or isinstance(recipe.method, FP):
+        return
+    assert recipe.weights is not None
+    names = [name for row in model.topology.groups for name in row.linears]
+    shapes = {name: getattr(model.blocks[0], name).weight.shape for name in names}
+    sizes = {name: (shape[0], shape[1]) for name, shape in shapes.items()}
+    reorders = getattr(recipe.method, "act_order", False) and not getattr(
+        recipe.method, "static_groups", False
+    )
+    uses_gptq = getattr(recipe.method, "solver", "gptq") == "gptq"
+    ordered = reorders and uses_gptq and recipe.weights.group_size > 0
+    layout_of(config.export, recipe.weights, recipe.inputs, sizes, ordered)
+
+
+def device_of(config: RunConfig) -> str:
+    """The device, `auto` resolved.
+
+    Raises:
+        ValueError: unknown, or not there.
+    """
+    import torch
+
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
+        raise ValueError(f"device={config.device} is not known; it is auto, cpu, cuda or cuda:<n>.")
+    if config.device == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"device={config.device}, but torch sees no CUDA device here; use device=cpu or auto."
+        )
+    count, index = torch.cuda.device_count(), int(config.device.partition(":")[2] or 0)
+    if index >= count:
+        raise ValueError(f"device={config.device}, but the CUDA devices here are 0 to {count - 1}.")
+    return config.device

@@ -1,0 +1,56 @@
+"""Configs of entry points that Hydra does not start, and of command lines that it stumbles over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+
+import yaml
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from dllmq.config.checks import Plan, check_cell
+
+
+def compose_plan(overrides: Sequence[str], stored: bool = False) -> Plan:
+    """The checked plan of a run with these overrides, for entry points that Hydra does not start.
+
+    Args:
+        stored: a quantized folder is taken too, as in `check_cell`.
+
+    Raises:
+        ValueError: one sentence, whether Hydra refuses an override or check_cell the run.
+    """
+    check_choices(overrides)
+    with initialize_config_module("dllmq.conf", version_base="1.3"):
+        try:
+            cfg = compose("config", overrides=list(overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            text = " ".join(str(error).partition("Config search path:")[0].split())
+            raise ValueError(text) from error
+    return check_cell(cfg, stored)
+
+
+def check_choices(overrides: Sequence[str]) -> None:
+    """Refuses a list or dict in the place of a preset's name, over which Hydra stumbles without a word.
+
+    Raises:
+        ValueError: naming the group.
+    """
+    groups = {entry.name for entry in files("dllmq.conf").iterdir() if entry.is_dir()}
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key in groups and value.strip().startswith(("[", "{")):
+            raise ValueError(
+                f"{key}={value} is a list or a dict, but {key} is the name of one preset: give a name, or "
+                f"sweep over several with -m {key}=a,b."
+            )
+
+
+def preset_of(hub_id: str) -> str | None:
+    """The option of the group `model` whose path is this hub id."""
+    for file in sorted(files("dllmq.conf").joinpath("model").iterdir(), key=lambda f: f.name):
+        if yaml.safe_load(file.read_text(encoding="utf-8"))["path"] == hub_id:
+            return file.name.removesuffix(".yaml")
+    return None
