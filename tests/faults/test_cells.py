@@ -264,9 +264,8 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(
 @SLOW
 @pytest.mark.parametrize(
     ("what", "done", "remedy"),
-    [("blocks", 1, "lower calibration.batch_size"), ("fidelity", 1, "lower calibration.batch_size"),
-     ("mini_gsm: denoising steps", 4, "lower eval.batch_size")],
-)  # fmt: skip
+    [("blocks", 1, "lower calibration.batch_size"), ("fidelity", 1, "lower calibration.batch_size")],
+)
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
 def test_too_little_memory_is_one_sentence(
     tmp_path: Path, cell: Callable[..., Cell], what: str, done: int, remedy: str, error: type[Exception]
@@ -276,6 +275,17 @@ def test_too_little_memory_is_one_sentence(
 
     with pytest.raises(ValueError, match=f"not enough memory to .*20.00 MiB|not enough memory.*{remedy}"):
         cell(tmp_path, tell=at(what, done, fail)).run()
+
+
+@SLOW
+def test_a_batch_that_does_not_fit_is_halved_and_the_run_goes_on(
+    tmp_path: Path, cell: Callable[..., Cell], caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    record = cell(tmp_path, tell=at("mini_gsm: denoising steps", 4, fail)).run()
+    assert "out of memory with" in caplog.text and record.status == "finished"
 
 
 def test_an_error_of_the_programs_own_is_not_blamed_on_the_machine(
