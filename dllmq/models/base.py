@@ -353,8 +353,10 @@ def shown(value: object, limit: int = 80) -> str:
 _MOST, _MOST_LAYERS = 2**28, 2**12
 
 
-def check_types(config_class: type, known: dict[str, Any]) -> None:
-    """Refuses values of config.json of another type, sign or size than the fields of `config_class`.
+def check_types(config_class: type, known: dict[str, Any]) -> dict[str, Any]:
+    """The values of config.json, whole numbers of float fields as floats.
+
+    Refused are values of another type, sign or size than the fields of `config_class`.
 
     Ids may be 0, other integers are at least 1. What is allocated or looped over has a largest value far
     above any model's, so that a damaged or hostile file is refused instead of filling memory.
@@ -375,3 +377,4 @@ def check_types(config_class: type, known: dict[str, Any]) -> None:
             needed = f"{'an integer' if kinds[name] == 'int' else 'a number'} {limit}"
         if not good:
             raise ValueError(f"config.json has {name} = {value!r:.80}; it must be {needed}.")
+    return {name: float(value) if kinds[name] == "float" else value for name, value in known.items()}

@@ -120,7 +120,7 @@ class DreamConfig:
                     f"{name} = {allowed[0]!r} only."
                 )
         known = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
-        check_types(cls, known)
+        known = check_types(cls, known)
         missing = [name for name in _NEEDED if name not in known]
         if missing:
             raise ValueError(

@@ -111,14 +111,14 @@ class LLaDAConfig:
                     f"{name} = {allowed[0]!r} only."
                 )
         known = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
-        check_types(cls, known)
+        known = check_types(cls, known)
         if (
             "mlp_hidden_size" not in known
             and isinstance(raw.get("mlp_ratio"), int | float)
             and "d_model" in known
         ):
             known["mlp_hidden_size"] = int(min(raw["mlp_ratio"], 1e6) * known["d_model"])
-            check_types(cls, known)
+            known = check_types(cls, known)
         needed = (
             "d_model",
             "n_layers",

@@ -125,7 +125,7 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{index} is damaged, no weight_map can be read from it ({repr(error):.120}): {_AGAIN}."
+            f"{index} is damaged, no weight_map can be read from it ({error!r:.120}): {_AGAIN}."
         ) from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:

@@ -81,6 +81,6 @@ def test_a_damaged_checkpoint_loads_or_is_one_sentence(original: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 4))
+@pytest.mark.parametrize("seed", range(1, 3))
 def test_many_damaged_checkpoints(original: Path, tmp_path: Path, seed: int) -> None:
-    fuzz(original, tmp_path / "copy", seed, times=400)
+    fuzz(original, tmp_path / "copy", seed, times=200)
