@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import fake_slurm
 import pytest
@@ -73,8 +74,14 @@ def as_run_here(command: str, folder: Path) -> list[str]:
     return [sys.executable, *words[1:], *(s for s in sized if s.partition("=")[0] not in command)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("doc", [doc for doc in DOCS if commands(doc)], ids=lambda doc: doc.stem)
+def marked(doc: Path) -> Any:
+    """SLURM's and Ray's commands take minutes."""
+    return pytest.param(
+        doc, id=doc.stem, marks=pytest.mark.long if doc.stem == "scale-out" else pytest.mark.slow
+    )
+
+
+@pytest.mark.parametrize("doc", [marked(doc) for doc in DOCS if commands(doc)])
 def test_the_commands_of_a_tutorial_run_in_their_order(doc: Path, tmp_path: Path) -> None:
     prepare(tmp_path)
     environment = os.environ | fake_slurm.install(tmp_path / "slurm") | {"PYTHONPATH": str(ROOT)}

@@ -248,7 +248,7 @@ def test_a_slurm_job_computes_with_as_many_threads_as_it_has_cpus(tmp_path: Path
     assert text.index("export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK") < text.index("\nsrun ")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_slurm_job_that_is_told_its_time_is_over_is_queued_again_and_continues(tmp_path: Path) -> None:
     """SLURM's signal comes while the cell runs; the second job ends it, and the command with it."""
     slurm = fake_slurm.install(tmp_path / "slurm")
@@ -269,8 +269,13 @@ def test_a_slurm_job_that_is_told_its_time_is_over_is_queued_again_and_continues
     assert log.read_text().count(", process ") == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("preset", ["dllmq_joblib", "dllmq_local", "dllmq_slurm"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        pytest.param("dllmq_joblib", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("dllmq_local", "dllmq_slurm")),
+    ],
+)
 def test_a_launched_sweep_gives_the_numbers_of_the_same_sweep_alone(
     alone: Path, tmp_path: Path, preset: str
 ) -> None:
@@ -297,7 +302,7 @@ def test_a_launched_sweep_gives_the_numbers_of_the_same_sweep_alone(
     assert all("finished already" in file.read_text() for file in sweep.glob("*/run.log"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_cells_at_once_wait_for_each_others_full_precision_work(tmp_path: Path) -> None:
     """Both need the baseline, the trajectories and the reference; each is made by one, read by the other."""
     done = launch(tmp_path, "hydra/launcher=dllmq_joblib", "method=gptq,awq", *SIZES)
@@ -314,7 +319,7 @@ def test_two_cells_at_once_wait_for_each_others_full_precision_work(tmp_path: Pa
     assert "another process is computing it; waiting" in logs
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_failed_cell_is_told_and_the_others_finish(tmp_path: Path) -> None:
     """One sequence has fewer tokens than a layer has inputs: without damping its Hessian is singular."""
     bad = ("method=gptq", "method.damp=1e-30,0.01", "calibration.num_states=1")
@@ -345,7 +350,7 @@ def until_a_cell_runs_and_one_is_done(folder: Path, *words: str) -> subprocess.P
     raise AssertionError(f"it ended before it could be disturbed: {process.communicate()}")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_worker_is_one_sentence_and_the_same_command_continues(alone: Path, tmp_path: Path) -> None:
     words = ("hydra/launcher=dllmq_joblib", *AXES, *SIZES)
     with until_a_cell_runs_and_one_is_done(tmp_path, *words) as process:
@@ -359,7 +364,7 @@ def test_a_killed_worker_is_one_sentence_and_the_same_command_continues(alone: P
     assert launch(tmp_path, *words).returncode == 0 and numbers(tmp_path) == numbers(alone)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_sweep_says_how_to_continue(alone: Path, tmp_path: Path) -> None:
     """Ctrl-C reaches the command and its workers."""
     words = ("hydra/launcher=dllmq_joblib", *AXES, *SIZES)
@@ -388,7 +393,7 @@ def test_the_fields_of_the_presets_are_the_plugins() -> None:
         assert own._target_ == schema._target_
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_ray_cluster_of_two_nodes_with_one_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """experiments/robustness/ray: cells on both nodes, shared work once, nothing lost, nothing wrong."""
     monkeypatch.setenv("HOME", str(tmp_path))
