@@ -86,11 +86,11 @@ def estimate(plan: Plan) -> Estimate:
     shared = dict(tasks)
     cell: dict[str, float] = {}
     if not isinstance(recipe.method, FP):
-        shared |= {"calibration states": calibration, "fidelity's reference": held_out + teacher}
+        shared["calibration states"] = calibration
         quantizing = quantize_tokens(recipe.method, config.calibration.num_states * width, shape)
         cell = {"quantize": quantizing} | tasks
         if config.eval.fidelity_states:
-            cell["fidelity"] = held_out + teacher
+            shared["fidelity's reference"] = cell["fidelity"] = held_out + teacher
     return Estimate(
         {name: tokens * per_token for name, tokens in shared.items()},
         {name: tokens * per_token for name, tokens in cell.items()},

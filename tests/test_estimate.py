@@ -78,6 +78,12 @@ def test_full_precision_has_no_cell_of_its_own(folder: Path) -> None:
     assert not any("this cell" in line for line in told(found))
 
 
+def test_fidelity_that_is_left_out_costs_nothing(folder: Path) -> None:
+    found = estimate(plan(folder, "method=rtn", "eval.fidelity_states=0"))
+    assert list(found.shared) == ["task mini_gsm", "calibration states"]
+    assert list(found.cell) == ["quantize", "task mini_gsm"]
+
+
 def test_likelihoods_count_their_samples(folder: Path) -> None:
     few, many = (
         estimate(plan(folder, "tasks=mini_choice", f"eval.mc_num={n}", "eval.mc_batch_size=1")).shared

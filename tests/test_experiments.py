@@ -35,7 +35,7 @@ def listed(*overrides: str) -> list[list[str]]:
 
 
 def test_there_are_presets_and_the_config_names_each() -> None:
-    (line,) = re.findall(r"optional experiment: null +# (.*)", (CONF / "config.yaml").read_text())
+    (line,) = re.findall(r"- experiment: null +# (.*)", (CONF / "config.yaml").read_text())
     assert sorted(line.split(" | ")) == PRESETS and "ablation" in PRESETS
 
 

@@ -240,6 +240,7 @@ def test_a_published_id_brings_its_preset_along() -> None:
         (["sampler.steps=7"], "steps (the total) must be a multiple of the number of blocks"),
         (["metod=gptq"], "Could not override 'metod'"),
         (["method=awqq"], "Could not find 'method/awqq'"),
+        (["experiment=ablatio"], "Could not find 'experiment/ablatio'"),
         (["bits=w1a4"], "bits=w1a4 is not a width"),
         (["--model", "/no/such/folder"], "model path /no/such/folder does not exist"),
         ([" "], "the prompt is empty"),

@@ -102,6 +102,8 @@ def to_rich(table: Table, width: int) -> RenderableType:
             title, justify="right" if column.numeric else "left", no_wrap=True, overflow="ellipsis"
         )
     for row in table.rows:
+        if row.kind == "reference" and grid.row_count:
+            grid.add_section()
         cells = [Text(c.shown(compact), style=_STYLES.get(c.tone, "")) for c in row.cells]
         if row.message is not None:
             cells += [Text("failed", style=_STYLES["failed"])]

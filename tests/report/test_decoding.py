@@ -1,8 +1,10 @@
 """Approximate decoding in the report: which runs are twins, what is subtracted; other sweeps stay as is."""
 
 import dataclasses
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from dllmq.report.build import markdown, summary
 from dllmq.report.compare import delta
@@ -11,6 +13,7 @@ from dllmq.report.groups import as_group
 from dllmq.report.html import headline, render
 from dllmq.report.results import RunRecord, Sweep
 from dllmq.report.settings import setting_effects
+from dllmq.report.table import to_rich
 from tests.report.records_factory import baseline, cells, record
 
 
@@ -70,6 +73,14 @@ def test_the_report_says_approximate_decoding(sweep: Sweep) -> None:
     (first, *_) = summary(sweep)["approximate_decoding"]
     assert first["axes"]["cache"] == "dual" and first["deltas"]["mini_gsm"]["n"] == 200
     assert not setting_effects(sweep)  # the two axes have a table of their own
+
+
+def test_a_terminal_parts_each_exact_twin_from_the_rows_above_it(sweep: Sweep) -> None:
+    console = Console(width=120, record=True, file=StringIO())
+    console.print(to_rich(decoding_table(sweep), 120))
+    lines = console.export_text().splitlines()
+    second = [i for i, line in enumerate(lines) if ", exact" in line][1]
+    assert not lines[second - 1].strip() and not lines[second + 1].strip()
 
 
 def test_other_sweeps_show_nothing_of_it() -> None:
