@@ -120,10 +120,10 @@ def _model_overrides(model: str | None) -> list[str]:
 
 
 def read_prompt(given: str | None) -> str:
-    """The prompt's text."""
+    """The prompt's text. A backslash and an n are a line break, as a shell's quotes leave them two letters."""
     if given is None:
         return f"Question: {problems('mini_gsm', 'dev', 1)[0]['question']}\nAnswer:"
-    text = sys.stdin.read() if given == "-" else given
+    text = sys.stdin.read() if given == "-" else given.replace("\\n", "\n")
     if not text.strip():
         raise ValueError("the prompt is empty: give a text, or leave it out for a problem of mini_gsm.")
     return text

@@ -22,6 +22,7 @@ SIZES = [
 @pytest.fixture(autouse=True)
 def one_second_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "seconds_per_token", lambda *_: 1.0)
+    monkeypatch.setattr(module, "_MEASURED", {})
 
 
 @pytest.fixture(scope="module")

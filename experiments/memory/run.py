@@ -49,7 +49,14 @@ SMALL = COMMON | {
 }
 METHODS = {"rtn": RTN(), "gptq": GPTQ(), "awq": AWQ(n_grid=10)}
 WHOLE, KEPT, WRITTEN = "whole", "stream", "stream, written"
-LARGE_RUNS = [("rtn", KEPT), ("rtn", WHOLE), ("rtn", WRITTEN), ("gptq", KEPT), ("gptq", WHOLE), ("gptq", WRITTEN)]
+LARGE_RUNS = [
+    ("rtn", KEPT),
+    ("rtn", WHOLE),
+    ("rtn", WRITTEN),
+    ("gptq", KEPT),
+    ("gptq", WHOLE),
+    ("gptq", WRITTEN),
+]
 SMALL_RUNS = [("gptq", WHOLE), ("gptq", KEPT), ("awq", WHOLE), ("awq", KEPT)]
 
 
