@@ -50,6 +50,7 @@ class Job:
     Attributes:
         overrides: compose the run's config.
         quantized: whether the model is to be quantized, from the blocks in `blocks` under `blocks_key`.
+        exact: whether answers are decoded without the overrides' cache and threshold (full precision's).
         answers, answers_key: folder and key of the logs; work_dir: of the generated problems.
         backend, stream, compact, threads: as rank 0 has settled them.
         like: what a helper must be equal in: weights, code, arithmetic.
@@ -57,6 +58,7 @@ class Job:
 
     overrides: list[str]
     quantized: bool
+    exact: bool
     blocks: str
     blocks_key: str
     answers: str
@@ -197,6 +199,8 @@ def help_with(job: Job, rank: int, size: int) -> int:
     answers = SharedAnswers(Path(job.answers), job.answers_key, rank, size)
     from dllmq.evaluation.harness import DiffusionLM
 
+    if job.exact:
+        config = config.decoded_exactly()
     batches = 0
     for name, settings in config.answers().items():
         own = answers.of(name)

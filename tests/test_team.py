@@ -40,7 +40,7 @@ OVERRIDES = ["tasks=mini_gsm", "eval.limit=2", "eval.batch_size=1", "sampler.ste
 def job(tmp_path: Path, **changes: object) -> Job:
     like = json.loads(json.dumps(own_arithmetic(check_cell(composed(*OVERRIDES)))))
     return Job(
-        overrides=OVERRIDES, quantized=False, blocks=str(tmp_path / "blocks"), blocks_key="k",
+        overrides=OVERRIDES, quantized=False, exact=True, blocks=str(tmp_path / "blocks"), blocks_key="k",
         answers=str(tmp_path / "answers"), answers_key="a", work_dir=str(tmp_path / "tasks"), backend="fake",
         stream=False, compact=False, threads=1, like=like | changes,
     )  # fmt: skip
