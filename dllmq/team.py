@@ -52,7 +52,7 @@ class Job:
         quantized: whether the model is to be quantized, from the blocks in `blocks` under `blocks_key`.
         exact: whether answers are decoded without the overrides' cache and threshold (full precision's).
         answers, answers_key: folder and key of the logs; work_dir: of the generated problems.
-        backend, stream, compact, threads: as rank 0 has settled them.
+        backend, stream, compact, threads: as rank 0 has settled them (backend: "packed:onednn").
         like: what a helper must be equal in: weights, code, arithmetic.
     """
 
@@ -195,7 +195,9 @@ def help_with(job: Job, rank: int, size: int) -> int:
     if job.quantized:
         blocks = FinishedBlocks(Cache(Path(job.blocks)), job.blocks_key)
         quantize_blocks(model, [], plan.recipe, compact=job.compact, store=blocks)
-        set_backend(model, job.backend)
+        found = set_backend(model, job.backend.partition(":")[0])
+        if found.partition(":")[0] != job.backend.partition(":")[0]:
+            raise ValueError(f"its backend would be {found}, that of process 0 is {job.backend}")
     answers = SharedAnswers(Path(job.answers), job.answers_key, rank, size)
     from dllmq.evaluation.harness import DiffusionLM
 

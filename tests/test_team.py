@@ -10,6 +10,7 @@ import pytest
 from composed import composed
 from torch.distributed import HashStore
 
+import dllmq.team
 from dllmq.config import check_cell
 from dllmq.evaluation.answers import AnswerFolder
 from dllmq.evaluation.shares import SharedAnswers
@@ -90,6 +91,16 @@ def test_a_helper_quantizes_nothing_itself(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the quantized block 0 is not in"):
         help_with(missing, rank=1, size=2)
     assert not list((tmp_path / "blocks").rglob("*.json")) and not (tmp_path / "answers").exists()
+
+
+def test_a_helper_computes_with_rank_0s_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """set_backend names the kernels too, but takes none of these names."""
+    asked: list[str] = []
+    monkeypatch.setattr(dllmq.team, "quantize_blocks", lambda *_, **__: {})
+    monkeypatch.setattr(dllmq.team, "set_backend", lambda model, backend: asked.append(backend) or "fake")
+    with pytest.raises(ValueError, match="its backend would be fake, that of process 0 is packed:onednn"):
+        help_with(replace(job(tmp_path), quantized=True, backend="packed:onednn"), rank=1, size=2)
+    assert asked == ["packed"] and not (tmp_path / "answers").exists()
 
 
 def test_announcements_reach_the_helper_and_its_answer_comes_back(
