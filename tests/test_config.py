@@ -124,6 +124,10 @@ def test_what_the_tests_compose_is_what_hydra_does() -> None:
             ["backend=packed", "bits=w4a4", "act_group_size=1"],
             ["backend=packed", "act_group_size=1", "fake or auto"],
         ),
+        (
+            ["backend=packed", "method=gptq", "method.act_order=true", "group_size=64"],
+            ["backend=packed", "act_order", "static_groups=true"],
+        ),
         (["calibration.shares=[0.5,-0.1]"], ["shares", "-0.1"]),
         (["calibration.shares=[]", "tmas=true"], ["shares"]),
         (["calibration.num_states=0"], ["calibration.num_states=0", "at least 1"]),
