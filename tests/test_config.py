@@ -399,6 +399,16 @@ def test_caches_and_thresholds_approximate_answers_and_nothing_else() -> None:
     assert config("tasks=mini_choice", "sampler.cache=dual").approximations() == {}
 
 
+def test_dreams_reference_has_each_tasks_own_length() -> None:
+    """A block length that the user set is the cached run's; the exact one has no blocks."""
+    how = ("cache=dual", "threshold=0.9", "remasking=maskgit_plus", "block_length=32")
+    own = ("model=dream_v0_7b_base", "tasks=gsm8k", "tasks.settings=fast_dllm_512")
+    fast = config(*own, *(f"sampler.{key}" for key in how))
+    assert fast.answers()["gsm8k"].sampler.block_length == 32
+    exact = _reference_config(fast).answers()["gsm8k"].sampler
+    assert exact.exact and exact.block_length == exact.gen_length == 512
+
+
 def test_dream_is_decoded_exactly_in_one_block_and_in_blocks_with_a_cache() -> None:
     fast = config("model=dream_v0_7b_base", "sampler=default", "sampler.cache=dual", "sampler.threshold=0.9",
                   "sampler.remasking=maskgit_plus", "sampler.block_length=32")  # fmt: skip
