@@ -126,7 +126,10 @@ class Team:
                 log.debug("job %d", number, exc_info=True)
                 kind = "" if isinstance(problem, ValueError) else f"{type(problem).__name__}: "
                 error = kind + " ".join(str(problem).split())[:300]
-            self._set(f"job/{number}/done/{self.rank}", {"error": error, "batches": batches})
+            try:
+                self._set(f"job/{number}/done/{self.rank}", {"error": error, "batches": batches})
+            except RuntimeError:  # the store is gone, and rank 0 with it
+                return
 
     def _working(self, number: int, rank: int) -> bool:
         return not self.store.check([f"job/{number}/done/{rank}"])

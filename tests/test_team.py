@@ -2,7 +2,7 @@
 
 import json
 import runpy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import pytest
 from composed import composed
 from torch.distributed import HashStore
 
+import dllmq.run
 import dllmq.team
 from dllmq.config import check_cell
 from dllmq.evaluation.answers import AnswerFolder
@@ -122,6 +123,34 @@ def test_announcements_reach_the_helper_and_its_answer_comes_back(
     assert first.batches == {1: 0} and "process 1 could not help: its code differ" in caplog.text
     done = json.loads(store.get("job/0/done/1"))
     assert done == {"error": None, "batches": 1}
+
+
+def test_a_helper_ends_without_a_traceback(
+    store: HashStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C, which every process of a terminal gets, and a process 0 that went while it worked."""
+
+    class Gone(HashStore):
+        def set(self, key: str, value: str) -> None:
+            raise RuntimeError("Broken pipe")
+
+    helper = Team(1, 2, Gone())
+    monkeypatch.setattr(helper, "_wait_for", lambda key: asdict(job(tmp_path, code="another")))
+    helper.serve()
+
+    def stopped(self: Team) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Team, "serve", stopped)
+    monkeypatch.setattr(dllmq.run, "join_team", lambda argv: helper)
+    monkeypatch.setattr(dllmq.run, "start_logging", lambda *_: None)
+    monkeypatch.setattr(dllmq.run, "_team", None)
+    monkeypatch.setattr(dllmq.run, "_given", "")
+    monkeypatch.setattr("sys.argv", ["run"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as ended:
+        dllmq.run.main()
+    assert ended.value.code == 130
 
 
 @pytest.mark.slow
