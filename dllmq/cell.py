@@ -235,7 +235,8 @@ class Cell:
             baseline = self._baseline(shared)
             if isinstance(self.plan.recipe.method, FP) and config.approximations():
                 report = QuantizationReport(0.0, weight_bytes(model), {})
-                record, result = self._measure(model, tokenizer, None, report, inert, self.resume.answers())
+                answers = self.resume.answers()
+                record, result = self._measure(model, tokenizer, None, report, inert, answers, config)
                 _write_samples(result.samples, self.folder)
                 return record
             if isinstance(self.plan.recipe.method, FP):
@@ -263,7 +264,7 @@ class Cell:
         size, exported = self._export(model)
         self.backend = set_backend(model, config.backend)
         answers = self.resume.answers()
-        record, result = self._measure(model, tokenizer, reference, report, inert, answers)
+        record, result = self._measure(model, tokenizer, reference, report, inert, answers, config)
         _write_samples(result.samples, self.folder)
         notes: dict[str, Any] = {"shared": {"read": shared.hits, "made": shared.made}}
         notes |= {"memory": asdict(self.memory), "restored": {"blocks": blocks.restored} | result.restored}
@@ -306,8 +307,8 @@ class Cell:
         model = shared.model
         report = QuantizationReport(0.0, weight_bytes(model), {})
         log_reading(model, "full precision's tasks", None)
-        record, result = self._measure(model, shared.tokenizer, None, report, [], answers)
         reference = _reference_config(self.config)
+        record, result = self._measure(model, shared.tokenizer, None, report, [], answers, reference)
         record = replace(record, run_name="full precision", fingerprint=self.fp_key,
                          config=reference.plain(), seed=reference.seed, axes=reference.axes(),
                          notes=record.notes | {"identity": _identity(self.fp_parts)})  # fmt: skip
@@ -322,9 +323,11 @@ class Cell:
         report: QuantizationReport,
         inert: list[str],
         answers: AnswerFolder,
+        config: RunConfig,
     ) -> tuple[RunRecord, EvalResult]:
-        config = self.config
-        job = partial(self._job, answers, quantized=report.quantized_share > 0)
+        """Scores a model; `config` says how its answers are decoded: the cell's own, or the reference's."""
+        exact = config.sampler_config().exact
+        job = partial(self._job, answers, quantized=report.quantized_share > 0, exact=exact)
         with self.stages("evaluate"), self.team.sharing(answers, job) as shared:
             result = evaluate(
                 model, tokenizer, config.tasks.names, config.answers(), config.eval.limit,
@@ -371,12 +374,13 @@ class Cell:
         """Of the generated problems."""
         return self.sweep / ".shared" / "tasks"
 
-    def _job(self, answers: AnswerFolder, quantized: bool) -> Job:
+    def _job(self, answers: AnswerFolder, quantized: bool, exact: bool) -> Job:
         """An evaluation as the other processes of the team need it."""
         blocks = self.resume.blocks()
         return Job(
             overrides=list(self.team.overrides),
             quantized=quantized,
+            exact=exact,
             blocks=str(blocks.cache.folder.resolve()),
             blocks_key=blocks.key,
             answers=str(answers.folder.resolve()) if answers.folder else "",

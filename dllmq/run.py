@@ -256,7 +256,10 @@ def main() -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         _team = join_team(sys.argv[1:])
         if _team.rank > 0:
-            _team.serve()
+            try:
+                _team.serve()
+            except KeyboardInterrupt as stop:  # process 0 says how to continue
+                sys.exit(interrupt.exit_code(stop))
             return
     sys.argv = [sys.argv[0], *arguments(sys.argv[1:])]
     own = os.environ.get("HYDRA_FULL_ERROR")

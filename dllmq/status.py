@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -101,7 +102,12 @@ def read_sweep(folder: Path) -> SweepState:
     if not folder.is_dir():
         raise ValueError(f"No folder {folder}; give the folder of a sweep, such as outputs/<sweep>.")
     plan = read_json(folder / SWEEP) if (folder / SWEEP).is_file() else {}
-    planned = {str(cell["name"]): tuple(cell["overrides"]) for cell in plan.get("cells", [])}
+    try:
+        planned = {str(cell["name"]): tuple(cell["overrides"]) for cell in plan.get("cells", [])}
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(
+            f"{folder / SWEEP} is damaged: delete it; cells that have not begun are not listed then."
+        ) from None
     found = {path.parent for name in (RESULTS, STATUS, HEARTBEAT) for path in _files(folder, name)}
     names = [*planned, *sorted({_name(folder, path) for path in found} - planned.keys())]
     if not names:
@@ -124,10 +130,10 @@ _ORDER = (DONE, RUNNING, FAILED, SILENT, INTERRUPTED, WAITING)
 
 
 def _files(folder: Path, name: str) -> Iterator[Path]:
-    for path in folder.rglob(name):
-        inner = path.relative_to(folder).parts[:-1]
-        if not any(part == "wandb" or part.startswith(".") for part in inner):
-            yield path
+    for place, folders, files in os.walk(folder):  # unlike rglob it passes over folders that go meanwhile
+        folders[:] = [inner for inner in folders if inner != "wandb" and not inner.startswith(".")]
+        if name in files:
+            yield Path(place) / name
 
 
 def _name(folder: Path, cell: Path) -> str:

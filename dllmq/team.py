@@ -50,13 +50,15 @@ class Job:
     Attributes:
         overrides: compose the run's config.
         quantized: whether the model is to be quantized, from the blocks in `blocks` under `blocks_key`.
+        exact: whether answers are decoded without the overrides' cache and threshold (full precision's).
         answers, answers_key: folder and key of the logs; work_dir: of the generated problems.
-        backend, stream, compact, threads: as rank 0 has settled them.
+        backend, stream, compact, threads: as rank 0 has settled them (backend: "packed:onednn").
         like: what a helper must be equal in: weights, code, arithmetic.
     """
 
     overrides: list[str]
     quantized: bool
+    exact: bool
     blocks: str
     blocks_key: str
     answers: str
@@ -124,7 +126,10 @@ class Team:
                 log.debug("job %d", number, exc_info=True)
                 kind = "" if isinstance(problem, ValueError) else f"{type(problem).__name__}: "
                 error = kind + " ".join(str(problem).split())[:300]
-            self._set(f"job/{number}/done/{self.rank}", {"error": error, "batches": batches})
+            try:
+                self._set(f"job/{number}/done/{self.rank}", {"error": error, "batches": batches})
+            except RuntimeError:  # the store is gone, and rank 0 with it
+                return
 
     def _working(self, number: int, rank: int) -> bool:
         return not self.store.check([f"job/{number}/done/{rank}"])
@@ -193,10 +198,14 @@ def help_with(job: Job, rank: int, size: int) -> int:
     if job.quantized:
         blocks = FinishedBlocks(Cache(Path(job.blocks)), job.blocks_key)
         quantize_blocks(model, [], plan.recipe, compact=job.compact, store=blocks)
-        set_backend(model, job.backend)
+        found = set_backend(model, job.backend.partition(":")[0])
+        if found.partition(":")[0] != job.backend.partition(":")[0]:
+            raise ValueError(f"its backend would be {found}, that of process 0 is {job.backend}")
     answers = SharedAnswers(Path(job.answers), job.answers_key, rank, size)
     from dllmq.evaluation.harness import DiffusionLM
 
+    if job.exact:
+        config = config.decoded_exactly()
     batches = 0
     for name, settings in config.answers().items():
         own = answers.of(name)

@@ -6,6 +6,7 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -263,6 +264,28 @@ def test_full_precision_with_a_cache_is_measured_against_the_exact_one(
     assert measured == ["cell", "cell"] and done.fingerprint == fast.key != fast.fp_key == exact.fp_key
     assert json.loads((tmp_path / BASELINE).read_text())["fingerprint"] == exact.fp_key
     assert (tmp_path / "cell" / "samples_mini_gsm.jsonl").is_file()
+
+
+def test_full_precisions_answers_are_decoded_exactly_whoever_asks_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record goes to the cache under the exact run's fingerprint, so exact runs will take it."""
+    asked: list[tuple[str, bool]] = []
+
+    def evaluate(*arguments: Any) -> EvalResult:
+        settings = arguments[3]
+        sampler = settings["mini_gsm"].sampler
+        asked.append((sampler.cache, sampler.exact))
+        return EvalResult()
+
+    monkeypatch.setattr(dllmq.cell, "evaluate", evaluate)
+    monkeypatch.setattr(Cell, "_load", lambda self: (setattr(self, "memory", None), (tiny_model(), None))[1])
+    fast = cell(tmp_path, "method=fp", "sampler.cache=dual", f"cache_dir={tmp_path / 'cache'}")
+    fast.run()
+    assert asked == [("none", True), ("dual", False)]
+    notes = json.loads((tmp_path / BASELINE).read_text())["notes"]
+    assert notes["settings"]["mini_gsm"]["sampler"]["cache"] == "none"
+    assert "approximate decoding" not in notes
 
 
 def test_a_cache_without_generated_answers_is_recorded_as_without_effect(

@@ -124,6 +124,10 @@ def test_what_the_tests_compose_is_what_hydra_does() -> None:
             ["backend=packed", "bits=w4a4", "act_group_size=1"],
             ["backend=packed", "act_group_size=1", "fake or auto"],
         ),
+        (
+            ["backend=packed", "method=gptq", "method.act_order=true", "group_size=64"],
+            ["backend=packed", "act_order", "static_groups=true"],
+        ),
         (["calibration.shares=[0.5,-0.1]"], ["shares", "-0.1"]),
         (["calibration.shares=[]", "tmas=true"], ["shares"]),
         (["calibration.num_states=0"], ["calibration.num_states=0", "at least 1"]),
@@ -393,6 +397,16 @@ def test_caches_and_thresholds_approximate_answers_and_nothing_else() -> None:
     first, second = (fingerprint(_reference_config(c), "cpu") for c in (fast, plain))
     assert first == second != fingerprint(fast, "cpu")
     assert config("tasks=mini_choice", "sampler.cache=dual").approximations() == {}
+
+
+def test_dreams_reference_has_each_tasks_own_length() -> None:
+    """A block length that the user set is the cached run's; the exact one has no blocks."""
+    how = ("cache=dual", "threshold=0.9", "remasking=maskgit_plus", "block_length=32")
+    own = ("model=dream_v0_7b_base", "tasks=gsm8k", "tasks.settings=fast_dllm_512")
+    fast = config(*own, *(f"sampler.{key}" for key in how))
+    assert fast.answers()["gsm8k"].sampler.block_length == 32
+    exact = _reference_config(fast).answers()["gsm8k"].sampler
+    assert exact.exact and exact.block_length == exact.gen_length == 512
 
 
 def test_dream_is_decoded_exactly_in_one_block_and_in_blocks_with_a_cache() -> None:

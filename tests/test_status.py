@@ -173,6 +173,28 @@ def test_a_damaged_record_is_a_failed_cell(sweep: Path) -> None:
     assert cell.state == "failed" and "cannot be read" in cell.error
 
 
+def test_folders_that_go_while_it_reads_are_passed_over(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell that ends removes its .resume between two looks."""
+    gone, scandir = sweep / "method=rtn,seed=0" / ".resume", os.scandir
+    (gone / "answers").mkdir(parents=True)
+    before = read_sweep(sweep).cells
+
+    def vanishing(path: str | Path = ".") -> object:
+        if ".resume" in str(path):
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert [(c.name, c.state) for c in read_sweep(sweep).cells] == [(c.name, c.state) for c in before]
+
+
+@pytest.mark.parametrize("plan", ["[]", '{"cells": [{}]}', '{"cells": 3}'])
+def test_a_damaged_plan_is_one_sentence(sweep: Path, plan: str) -> None:
+    (sweep / SWEEP).write_text(plan)
+    with pytest.raises(ValueError, match=f"^{sweep / SWEEP} is damaged: delete it; .* are not listed then"):
+        read_sweep(sweep)
+
+
 def test_json_and_errors(sweep: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main([str(sweep), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -2,7 +2,7 @@
 
 import json
 import runpy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import pytest
 from composed import composed
 from torch.distributed import HashStore
 
+import dllmq.run
+import dllmq.team
 from dllmq.config import check_cell
 from dllmq.evaluation.answers import AnswerFolder
 from dllmq.evaluation.shares import SharedAnswers
@@ -40,7 +42,7 @@ OVERRIDES = ["tasks=mini_gsm", "eval.limit=2", "eval.batch_size=1", "sampler.ste
 def job(tmp_path: Path, **changes: object) -> Job:
     like = json.loads(json.dumps(own_arithmetic(check_cell(composed(*OVERRIDES)))))
     return Job(
-        overrides=OVERRIDES, quantized=False, blocks=str(tmp_path / "blocks"), blocks_key="k",
+        overrides=OVERRIDES, quantized=False, exact=True, blocks=str(tmp_path / "blocks"), blocks_key="k",
         answers=str(tmp_path / "answers"), answers_key="a", work_dir=str(tmp_path / "tasks"), backend="fake",
         stream=False, compact=False, threads=1, like=like | changes,
     )  # fmt: skip
@@ -92,6 +94,16 @@ def test_a_helper_quantizes_nothing_itself(tmp_path: Path) -> None:
     assert not list((tmp_path / "blocks").rglob("*.json")) and not (tmp_path / "answers").exists()
 
 
+def test_a_helper_computes_with_rank_0s_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """set_backend names the kernels too, but takes none of these names."""
+    asked: list[str] = []
+    monkeypatch.setattr(dllmq.team, "quantize_blocks", lambda *_, **__: {})
+    monkeypatch.setattr(dllmq.team, "set_backend", lambda model, backend: asked.append(backend) or "fake")
+    with pytest.raises(ValueError, match="its backend would be fake, that of process 0 is packed:onednn"):
+        help_with(replace(job(tmp_path), quantized=True, backend="packed:onednn"), rank=1, size=2)
+    assert asked == ["packed"] and not (tmp_path / "answers").exists()
+
+
 def test_announcements_reach_the_helper_and_its_answer_comes_back(
     store: HashStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -111,6 +123,34 @@ def test_announcements_reach_the_helper_and_its_answer_comes_back(
     assert first.batches == {1: 0} and "process 1 could not help: its code differ" in caplog.text
     done = json.loads(store.get("job/0/done/1"))
     assert done == {"error": None, "batches": 1}
+
+
+def test_a_helper_ends_without_a_traceback(
+    store: HashStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C, which every process of a terminal gets, and a process 0 that went while it worked."""
+
+    class Gone(HashStore):
+        def set(self, key: str, value: str) -> None:
+            raise RuntimeError("Broken pipe")
+
+    helper = Team(1, 2, Gone())
+    monkeypatch.setattr(helper, "_wait_for", lambda key: asdict(job(tmp_path, code="another")))
+    helper.serve()
+
+    def stopped(self: Team) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Team, "serve", stopped)
+    monkeypatch.setattr(dllmq.run, "join_team", lambda argv: helper)
+    monkeypatch.setattr(dllmq.run, "start_logging", lambda *_: None)
+    monkeypatch.setattr(dllmq.run, "_team", None)
+    monkeypatch.setattr(dllmq.run, "_given", "")
+    monkeypatch.setattr("sys.argv", ["run"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as ended:
+        dllmq.run.main()
+    assert ended.value.code == 130
 
 
 @pytest.mark.slow

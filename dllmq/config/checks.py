@@ -153,6 +153,11 @@ def _check_backend(config: RunConfig, recipe: Recipe, device: str, model: Any) -
     if config.backend != "packed" or isinstance(recipe.method, FP):
         return
     assert recipe.weights is not None
+    if _scatters_groups(recipe):
+        raise ValueError(
+            "backend=packed has no kernel for the scattered groups of act_order: add "
+            "method.static_groups=true, or use backend=fake or auto."
+        )
     for name in (name for row in model.topology.groups for name in row.linears):
         O, I = getattr(model.blocks[0], name).weight.shape
         if find_backend(device.split(":")[0], recipe.weights, recipe.inputs, O, I) is None:
@@ -171,12 +176,17 @@ def _check_export(config: RunConfig, recipe: Recipe, model: Any) -> None:
     names = [name for row in model.topology.groups for name in row.linears]
     shapes = {name: getattr(model.blocks[0], name).weight.shape for name in names}
     sizes = {name: (shape[0], shape[1]) for name, shape in shapes.items()}
+    layout_of(config.export, recipe.weights, recipe.inputs, sizes, _scatters_groups(recipe))
+
+
+def _scatters_groups(recipe: Recipe) -> bool:
+    """Whether a group's columns are no neighbours: GPTQ's act_order with groups fitted on the way."""
+    assert recipe.weights is not None
     reorders = getattr(recipe.method, "act_order", False) and not getattr(
         recipe.method, "static_groups", False
     )
     uses_gptq = getattr(recipe.method, "solver", "gptq") == "gptq"
-    ordered = reorders and uses_gptq and recipe.weights.group_size > 0
-    layout_of(config.export, recipe.weights, recipe.inputs, sizes, ordered)
+    return bool(reorders and uses_gptq and recipe.weights.group_size > 0)
 
 
 def device_of(config: RunConfig) -> str:

@@ -345,9 +345,13 @@ class RunConfig:
 
     def decoded_exactly(self) -> RunConfig:
         """The same run without cache and threshold."""
-        block_length = self.sampler_config().made_exact().block_length
+        sampler = self.sampler_config()
+        if sampler.exact:
+            return self
+        block_length = sampler.made_exact().block_length
         off = replace(self.sampler, cache="none", threshold=None, block_length=block_length)
-        return self if self.sampler_config().exact else replace(self, sampler=off)
+        freed = {"block_length"} if sampler.dream else set()  # Dream's has no blocks: each task's gen_length
+        return replace(self, sampler=off, explicit=self.explicit - freed)
 
 
 # Settings of the answers that are axes where they are not at their default.

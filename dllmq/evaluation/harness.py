@@ -257,7 +257,7 @@ class DiffusionLM(LM):
 
     def _tell_restored(self, batches: int, of: int) -> None:
         if self.progress is not None and self.answers.restored:
-            steps = self.settings.sampler.steps
+            steps = self.settings.sampler.num_steps
             self.progress(batches * steps, of * steps, "denoising steps")
 
     def _denoise(self, prompts: list[list[int]], index: int, num_batches: int) -> list[list[int]]:

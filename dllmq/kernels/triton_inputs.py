@@ -58,6 +58,12 @@ class Inputs:
     sums: Int[Tensor, "N T"]
     layout: Layout
 
+    def tokens(self, part: slice) -> Inputs:
+        """Some of the tokens."""
+        offset = None if self.offset is None else self.offset[:, part].contiguous()
+        scale, sums = self.scale[:, part].contiguous(), self.sums[:, part].contiguous()
+        return Inputs(self.codes[part], scale, offset, sums, self.layout)
+
 
 @dataclass(frozen=True)
 class Norm:

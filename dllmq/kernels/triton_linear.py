@@ -42,6 +42,7 @@ from dllmq.numerics.packed import pack, unpack
 
 INPUTS = range(32, 33_025)  # columns; more could overflow: 33,025 * 255^2 < 2^31
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST = 2**31  # elements of an input that a kernel can address; more tokens are multiplied in pieces
 _NIBBLES = Grid(4)
 
 
@@ -153,6 +154,8 @@ def integer_linear(
     """From quantized inputs, in fp32 up to the rounding to `dtype`."""
     assert x.layout == w.layout, f"the input was quantized for {x.layout}, the weight wants {w.layout}"
     T, (O, I), S = len(x.codes), w.shape, x.layout.segment
+    if len(parts := addressable(T, I)) > 1:
+        return torch.cat([integer_linear(x.tokens(part), w, bias, dtype) for part in parts])
     y = torch.empty(T, O, dtype=dtype, device=x.codes.device)
 
     def run(tiles: Tiles) -> None:
@@ -165,7 +168,6 @@ def integer_linear(
             num_warps=tiles.warps, maxnreg=tiles.registers,
         )  # fmt: skip
 
-    assert T * I < 2**31, f"{T} tokens of {I} inputs are more than a kernel can address: split them"
     if T:
         key = ("integer", power_of_2(T), O, I, S, w.is_packed, dtype, y.device)
         with torch.cuda.device_of(y):
@@ -179,6 +181,8 @@ def weight_only_linear(
     """From a full-precision input, in its dtype; sums in fp32."""
     assert w.layout is None, "the operand was prepared for a quantized input"
     T, (O, I) = len(x), w.shape
+    if len(parts := addressable(T, I)) > 1:
+        return torch.cat([weight_only_linear(x[part], w, bias) for part in parts])
     x = x.contiguous()
     y = torch.empty(T, O, dtype=x.dtype, device=x.device)
 
@@ -196,6 +200,12 @@ def weight_only_linear(
         with torch.cuda.device_of(y):
             run(fastest(key, candidates(T, O, min(64, _step(w.group)), False), run))
     return y
+
+
+def addressable(T: int, I: int) -> list[slice]:
+    """T tokens of I inputs in as few pieces as a kernel's 32-bit offsets allow."""
+    rows = (MOST - 1) // I
+    return [slice(start, min(start + rows, T)) for start in range(0, T, rows)]
 
 
 def candidates(T: int, O: int, step: int, grouped: bool) -> list[Tiles]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,17 @@ def test_a_killed_evaluation_goes_on_bit_for_bit(tmp_path: Path, tokenizer: Any,
     assert numbers(found, task) == numbers(plain, task)
     assert restored[0] > 0 and plain.restored == {task: 0}
     assert found.counters[task]["forwards"] == plain.counters[task]["forwards"] > 5
+
+
+def test_restored_batches_count_as_the_steps_they_may_take(tmp_path: Path, tokenizer: Any) -> None:
+    """With a threshold that is gen_length, whatever `steps` says."""
+    model = tiny_model(vocab_size=len(tokenizer), mask_token_id=len(tokenizer) - 1, max_sequence_length=512)
+    sampler = SamplerConfig(gen_length=8, steps=4, block_length=8, threshold=0.9)
+    kept, told = AnswerFolder(tmp_path / "answers", "k"), [[(0, 0)], [(0, 0)]]
+    for now in told:
+        evaluate(
+            model, tokenizer, ["mini_gsm"], replace(SETTINGS, sampler=sampler), limit=2, work_dir=tmp_path,
+            progress=lambda done, total, what, now=now: now.append((done, total)), answers=kept,
+        )  # fmt: skip
+    (_, total), restored = told[0][-1], told[1][-1]
+    assert restored == (total, total) and total % 8 == 0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton_cases import DEVICE, needs_triton, rows
 
-from dllmq.kernels import triton_jit
+from dllmq.kernels import triton_jit, triton_linear
 from dllmq.kernels.triton_linear import Tiles, integer_linear, prepare, quant_linear, quantize_for, supports
 from dllmq.methods.rtn import round_to_nearest
 from dllmq.numerics import Grid, fit, quantize
@@ -186,3 +186,22 @@ def test_an_input_of_another_layout_is_refused() -> None:
     a, b = (prepare(round_to_nearest(torch.randn(O, I), g).to(DEVICE), Grid(8)) for g in (Grid(4), Grid(8)))
     with pytest.raises(AssertionError, match="the weight wants"):
         integer_linear(quantize_for(torch.randn(2, I).to(DEVICE), a, Grid(8)), b, None, torch.float32)
+
+
+@pytest.mark.parametrize("inputs", [None, Grid(8), Grid(4), Grid(8, 64)], ids=str)
+def test_more_tokens_than_a_kernel_can_address_are_multiplied_in_pieces(
+    inputs: Grid | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offsets are 32 bits wide: 64 rows of 3,000 tokens with 12,288 inputs are beyond them."""
+    assert len(triton_linear.addressable(64 * 3000, 12288)) == 2
+    x = torch.randn(7, I, device=DEVICE)
+    operand = prepare(round_to_nearest(torch.randn(O, I, device=DEVICE), Grid(8)), inputs)
+    whole = quant_linear(x, operand, inputs)
+    monkeypatch.setattr(triton_linear, "MOST", 3 * I + 1)
+    pieces = triton_linear.addressable(7, I)
+    assert [(p.start, p.stop) for p in pieces] == [(0, 3), (3, 6), (6, 7)]
+    found = quant_linear(x, operand, inputs)
+    if inputs is None:  # sums of floating-point numbers: their order is the processor's
+        torch.testing.assert_close(found, whole)
+    else:
+        assert torch.equal(found, whole)
