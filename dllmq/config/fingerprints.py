@@ -107,7 +107,6 @@ def code_digest() -> str:
             "generate.py",
             "status.py",
             "workers.py",
-            "team.py",
             "interrupt.py",
             "locks.py",
             "cache.py",

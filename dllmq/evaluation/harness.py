@@ -250,7 +250,11 @@ class DiffusionLM(LM):
             counts = {name: now - before[name] for name, now in vars(self.counters).items()}
             return Batch(values, counts.pop("forwards"), counts={k: n for k, n in counts.items() if n})
 
-        batch = self.answers.batch(kind, index, content, counted, problems)
+        try:
+            batch = self.answers.batch(kind, index, content, counted, problems)
+        except (MemoryError, RuntimeError):  # the attempt is made again in smaller batches, and counted then
+            vars(self.counters).update(before)
+            raise
         for name, count in ({"forwards": batch.forwards} | batch.counts).items():
             setattr(self.counters, name, before[name] + count)
         return batch.values
