@@ -120,7 +120,7 @@ def _model_overrides(model: str | None) -> list[str]:
 
 
 def read_prompt(given: str | None) -> str:
-    """The prompt's text. A backslash and an n are a line break, as a shell's quotes leave them two letters."""
+    """The prompt's text. A backslash and an n, which a shell's quotes leave as they are, are a line break."""
     if given is None:
         return f"Question: {problems('mini_gsm', 'dev', 1)[0]['question']}\nAnswer:"
     text = sys.stdin.read() if given == "-" else given.replace("\\n", "\n")
