@@ -272,7 +272,7 @@ def test_a_slurm_job_that_is_told_its_time_is_over_is_queued_again_and_continues
 @pytest.mark.parametrize(
     "preset",
     [
-        pytest.param("dllmq_joblib", marks=pytest.mark.slow),
+        pytest.param("dllmq_joblib", marks=pytest.mark.long),
         *(pytest.param(name, marks=pytest.mark.long) for name in ("dllmq_local", "dllmq_slurm")),
     ],
 )

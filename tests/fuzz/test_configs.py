@@ -20,7 +20,7 @@ VALID: dict[str, list[str]] = {
     "cgq": ["true", "false"],
     "iaaq": ["true", "false"],
     "bits": ["auto", *(f"w{w}a{a}" for w in range(2, 9) for a in (2, 3, 4, 8, 16))],
-    "attn_bits": ["auto", "none", "v", "pv", "4", "8"],
+    "attn_bits": ["auto", "none", "4", "8"],
     "group_size": ["-1", "0", "16", "32"],
     "act_group_size": ["-1", "16", "32"],
     "symmetric": ["true", "false"],

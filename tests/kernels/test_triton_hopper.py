@@ -25,7 +25,7 @@ def test_first_choices_use_the_tensor_cores_and_fit(tmp_path: Path) -> None:
     lines = out.splitlines()
     assert len(lines) > 20
     spilled = [int(number) for number in re.findall(r"(\d+) bytes of stack", out)]
-    assert len(spilled) == len(lines) and max(spilled) <= 32, out  # addresses, outside the loops
+    assert len(spilled) == len(lines) and max(spilled) <= 64, out  # addresses, outside the loops
     for kernel, instruction in (("integer_kernel", "IGMMA"), ("weight_only_kernel", "HGMMA")):
         found = [line for line in lines if kernel in line]
         assert found and all(instruction in line and "LDGSTS" in line for line in found), out
