@@ -10,7 +10,7 @@ import pytest
 from triton_cases import needs_triton
 
 HERE = Path(__file__).resolve().parent
-pytestmark = [needs_triton, pytest.mark.slow]
+pytestmark = [needs_triton, pytest.mark.long]
 
 
 def test_first_choices_use_the_tensor_cores_and_fit(tmp_path: Path) -> None:
