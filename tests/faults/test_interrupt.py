@@ -3,11 +3,20 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from dllmq import interrupt
 from dllmq.interrupt import Interrupted, check, listening
+
+
+@pytest.fixture(autouse=True)
+def interrupts_reach_us() -> Iterator[None]:
+    """A shell starts what it runs in the background with SIGINT ignored, and that is respected."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
