@@ -157,6 +157,7 @@ def test_the_same_command_runs_nothing_twice(sweep: SimpleNamespace) -> None:
     assert done.stdout == sweep.stdout  # the table is printed again
 
 
+@pytest.mark.slow
 def test_a_single_run_elsewhere_has_the_same_numbers_and_a_wandb_folder(
     sweep: SimpleNamespace, tmp_path: Path
 ) -> None:
@@ -179,6 +180,7 @@ def test_resume_false_repeats_the_numbers_bit_for_bit(sweep: SimpleNamespace) ->
     assert all(second[name]["cost"] != first[name]["cost"] for name in first)  # they were run again
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_leaves_its_error_and_the_others_go_on(sweep: SimpleNamespace) -> None:
     """One sequence has fewer tokens than a layer has inputs: without damping its Hessian is singular."""
     folder = sweep.where / "outputs" / "failing"
