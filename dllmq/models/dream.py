@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from dllmq.kernels.cpu_linear import linear
 from dllmq.models.attention import AttentionProduct
 from dllmq.models.base import (
-    Block,
     BlockContext,
     BlockStack,
     GroupRow,
@@ -38,7 +37,7 @@ from dllmq.models.base import (
     padding_bias,
 )
 from dllmq.models.linear import Linear
-from dllmq.models.llada import RMSNorm, rope_tables, rotate
+from dllmq.models.llada import RMSNorm, RotaryBlock, rope_tables
 
 TOPOLOGY = Topology(
     groups=(
@@ -183,8 +182,10 @@ _CHILD_OF = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn")
 )
 
 
-class DreamBlock(Block):
+class DreamBlock(RotaryBlock):
     """The published names put the linears into two children; `block.q_proj` reads and replaces them there."""
+
+    output = "o_proj"
 
     def __init__(self, config: DreamConfig) -> None:
         super().__init__()
@@ -220,29 +221,9 @@ class DreamBlock(Block):
         x = self.attention(self.input_layernorm(x), ctx, at).add_(columns(x, at))
         return self.mlp(self.post_attention_layernorm(x)).add_(x)
 
-    def project(
-        self, h: Float[Tensor, "B L d"], ctx: BlockContext, at: slice | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries [B, heads, c, head_dim] and keys, and values, [B, kv heads, L, head_dim] each."""
-        Q, K, V = (
-            self._heads(part) for part in (self.q_proj(columns(h, at)), self.k_proj(h), self.v_proj(h))
-        )
-        sin, cos = columns(ctx.sin, at), columns(ctx.cos, at)
-        return rotate(Q, sin, cos, False), rotate(K, ctx.sin, ctx.cos, False), V
-
-    def attention(
-        self, h: Float[Tensor, "B L d"], ctx: BlockContext, at: slice | None = None
-    ) -> Float[Tensor, "B c d"]:
-        Q, K, V = self.project(h, ctx, at)
-        mixed = self.product(Q, *ctx.keys_values(K, V), ctx.bias)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
-
     @property
     def mlp(self) -> DreamMLP:  # a child, where other blocks have a method
         return self._modules["mlp"]  # type: ignore[return-value]
-
-    def _heads(self, x: Float[Tensor, "B L n"]) -> Float[Tensor, "B h L c"]:
-        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
 
 
 class Dream(BlockStack):

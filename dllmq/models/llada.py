@@ -193,11 +193,49 @@ def rotate(x: Float[Tensor, "B h L c"], sin: Tensor, cos: Tensor, full_precision
     return (y * cos).add_(torch.cat((-y2, y1), dim=-1).mul_(sin)).to(x.dtype)
 
 
-class LLaDABlock(Block):
+class RotaryBlock(Block):
+    """A block whose attention rotates q_proj's and k_proj's heads; LLaDA's and Dream's.
+
+    Attributes:
+        output: name of the output projection; full_rotation: RoPE in float32 whatever the dtype.
+    """
+
+    config: Any  # has head_dim
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    output: str
+    full_rotation = False
+
+    def project(
+        self, h: Float[Tensor, "B L d"], ctx: BlockContext, at: slice | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [B, heads, c, head_dim] and keys, and values, [B, kv heads, L, head_dim] each."""
+        Q, K, V = (
+            self._heads(part) for part in (self.q_proj(columns(h, at)), self.k_proj(h), self.v_proj(h))
+        )
+        sin, cos = columns(ctx.sin, at), columns(ctx.cos, at)
+        return rotate(Q, sin, cos, self.full_rotation), rotate(K, ctx.sin, ctx.cos, self.full_rotation), V
+
+    def attention(
+        self, h: Float[Tensor, "B L d"], ctx: BlockContext, at: slice | None = None
+    ) -> Float[Tensor, "B c d"]:
+        Q, K, V = self.project(h, ctx, at)
+        mixed = self.product(Q, *ctx.keys_values(K, V), ctx.bias)
+        project_out: nn.Module = getattr(self, self.output)
+        return project_out(mixed.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Float[Tensor, "B L n"]) -> Float[Tensor, "B h L c"]:
+        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+
+
+class LLaDABlock(RotaryBlock):
+    output = "attn_out"
+
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__()
         d, f, kv = config.d_model, config.mlp_hidden_size, config.kv_heads * config.head_dim
-        self.config = config
+        self.config, self.full_rotation = config, config.rope_full_precision
         self.attn_norm = RMSNorm(d, config.rms_norm_eps)
         self.ff_norm = RMSNorm(d, config.rms_norm_eps)
         self.q_proj = Linear(d, d, bias=False)
@@ -215,29 +253,8 @@ class LLaDABlock(Block):
         x = self.attention(self.attn_norm(x), ctx, at).add_(columns(x, at))
         return self.mlp(self.ff_norm(x)).add_(x)
 
-    def project(
-        self, h: Float[Tensor, "B L d"], ctx: BlockContext, at: slice | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries [B, heads, c, head_dim] and keys, and values, [B, kv heads, L, head_dim] each."""
-        Q, K, V = (
-            self._heads(part) for part in (self.q_proj(columns(h, at)), self.k_proj(h), self.v_proj(h))
-        )
-        full = self.config.rope_full_precision
-        sin, cos = columns(ctx.sin, at), columns(ctx.cos, at)
-        return rotate(Q, sin, cos, full), rotate(K, ctx.sin, ctx.cos, full), V
-
-    def attention(
-        self, h: Float[Tensor, "B L d"], ctx: BlockContext, at: slice | None = None
-    ) -> Float[Tensor, "B c d"]:
-        Q, K, V = self.project(h, ctx, at)
-        mixed = self.product(Q, *ctx.keys_values(K, V), ctx.bias)
-        return self.attn_out(mixed.transpose(1, 2).flatten(2))
-
     def mlp(self, h: Float[Tensor, "B L d"]) -> Float[Tensor, "B L d"]:
         return self.ff_out(F.silu(self.ff_proj(h)).mul_(self.up_proj(h)))
-
-    def _heads(self, x: Float[Tensor, "B L n"]) -> Float[Tensor, "B h L c"]:
-        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
 
 
 class LLaDA(BlockStack):

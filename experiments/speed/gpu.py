@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one call under ten minutes; results are written as they come.
 
     python experiments/speed/gpu.py --out experiments/speed/gpu
-    python experiments/speed/gpu.py --dry-run --shape tiny --device cpu --out /tmp/gpu     does it run?
+    python experiments/speed/gpu.py --dry-run --shape tiny --device cpu --out outputs/gpu     does it run?
 
     tests      pytest -m gpu: the kernels' exactness on this device
     linear     bf16 F.linear against the packed kernels, W8A8, W4A8, W4A4, W4A16 (each checked in float64)

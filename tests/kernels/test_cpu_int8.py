@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import KINDS, row
 from torch import Tensor
 
 from dllmq.kernels import cpu_int4, cpu_int8, cpu_onednn
@@ -23,28 +24,8 @@ from dllmq.numerics import Grid, fit, quantize
 
 pytestmark = pytest.mark.skipif(not cpu_int8.is_exact(), reason="this processor saturates int8 products")
 
-KINDS = ("normal", "ties", "equal", "zero", "subnormal", "ends", "positive", "negative", "outlier")
 KERNELS: list[Any] = [cpu_int8, cpu_int4] + ([cpu_onednn] if cpu_onednn.works() else [])
 kernels = pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.__name__.split("_")[-1])
-
-
-def row(kind: str, I: int, bits: int) -> Tensor:
-    """A token or a row of weights: `ties` lie on grid points and half-way between two of them, `ends` holds
-    the two ends of its range only."""
-    top = 2**bits - 1
-    halves = torch.randint(-top, top + 1, (I,))
-    halves[:2] = torch.tensor([-top, top])
-    return {
-        "normal": torch.randn(I),
-        "ties": halves / 2 * torch.rand(1),
-        "equal": torch.randn(1).expand(I),
-        "zero": torch.zeros(I),
-        "subnormal": torch.full((I,), -1e-42),
-        "ends": torch.randint(0, 2, (I,)) * 2.5 - 1,
-        "positive": torch.rand(I) + 7,
-        "negative": -torch.rand(I) * 1e-4 - 1e-2,
-        "outlier": torch.randn(I) * (1 + 300 * (torch.arange(I) == I // 2)),
-    }[kind]
 
 
 class Problem(NamedTuple):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from kernel_cases import DEVICE, needs_triton
 from torch import Tensor
-from triton_cases import DEVICE, needs_triton
 
 from dllmq.kernels.triton_gptq import solve_block
 from dllmq.numerics import Grid, Params, dequantize, fit, quantize

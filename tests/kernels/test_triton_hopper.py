@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from triton_cases import needs_triton
+from kernel_cases import needs_triton
 
 HERE = Path(__file__).resolve().parent
 pytestmark = [needs_triton, pytest.mark.long]

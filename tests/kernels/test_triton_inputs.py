@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from kernel_cases import DEVICE, needs_triton, rows
 from torch import Tensor
-from triton_cases import DEVICE, needs_triton, rows
 
 from dllmq.kernels.triton_inputs import Inputs, Layout, Norm, quantize_inputs
 from dllmq.models.llada import RMSNorm

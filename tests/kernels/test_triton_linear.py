@@ -5,8 +5,8 @@ from math import gcd
 
 import pytest
 import torch
+from kernel_cases import DEVICE, needs_triton, rows
 from torch import Tensor
-from triton_cases import DEVICE, needs_triton, rows
 
 from dllmq.kernels import triton_jit, triton_linear
 from dllmq.kernels.triton_linear import Tiles, integer_linear, prepare, quant_linear, quantize_for, supports

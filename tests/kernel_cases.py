@@ -1,4 +1,4 @@
-"""What the tests of Triton's kernels share: where they run, and numbers that are hard to round."""
+"""What the tests of kernels share: where they run, and numbers that are hard to round."""
 
 from importlib.util import find_spec
 
