@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -33,7 +32,7 @@ from rich.text import Text
 
 from dllmq.report.callback import SWEEP
 from dllmq.report.heartbeat import HEARTBEAT, LOG
-from dllmq.report.results import BASELINE, RESULTS, STATUS, read_json, read_status
+from dllmq.report.results import BASELINE, RESULTS, STATUS, files_named, read_json, read_status
 
 SILENT_AFTER = 90.0  # seconds; NFS may show a file's time of change a minute late
 _WIDE = 120  # columns, from which running cells are a table
@@ -108,7 +107,7 @@ def read_sweep(folder: Path) -> SweepState:
         raise ValueError(
             f"{folder / SWEEP} is damaged: delete it; cells that have not begun are not listed then."
         ) from None
-    found = {path.parent for name in (RESULTS, STATUS, HEARTBEAT) for path in _files(folder, name)}
+    found = {path.parent for name in (RESULTS, STATUS, HEARTBEAT) for path in files_named(name, folder)}
     names = [*planned, *sorted({_name(folder, path) for path in found} - planned.keys())]
     if not names:
         raise ValueError(f"No cells under {folder}: neither {SWEEP} nor a record; give a sweep's folder.")
@@ -127,13 +126,6 @@ def read_sweep(folder: Path) -> SweepState:
 
 
 _ORDER = (DONE, RUNNING, FAILED, SILENT, INTERRUPTED, WAITING)
-
-
-def _files(folder: Path, name: str) -> Iterator[Path]:
-    for place, folders, files in os.walk(folder):  # unlike rglob it passes over folders that go meanwhile
-        folders[:] = [inner for inner in folders if inner != "wandb" and not inner.startswith(".")]
-        if name in files:
-            yield Path(place) / name
 
 
 def _name(folder: Path, cell: Path) -> str:

@@ -277,9 +277,10 @@ def load_sweep(folder: str | os.PathLike[str]) -> Sweep:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"No folder {folder}; give the folder of a sweep, such as outputs/<sweep>.")
-    found = [(load_record(path), path.relative_to(folder).as_posix()) for path in _files(folder, RESULTS)]
-    failed = [read_status(path) for path in _files(folder, STATUS) if not path.with_name(RESULTS).exists()]
-    failed = [status for status in failed if status.get("status") == "failed"]
+    paths = files_named(RESULTS, folder)
+    found = [(load_record(path), path.relative_to(folder).as_posix()) for path in paths]
+    open_ends = [path for path in files_named(STATUS, folder) if not path.with_name(RESULTS).exists()]
+    failed = [status for status in map(read_status, open_ends) if status.get("status") == "failed"]
     baseline = load_record(folder / BASELINE) if (folder / BASELINE).exists() else None
     if not found and not failed and baseline is None:
         raise ValueError(f"No {RESULTS} under {folder}; run a sweep first, or give the folder it wrote to.")
@@ -313,11 +314,17 @@ def read_status(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {**raw, **{k: raw.get(k) or v for k, v in defaults.items()}}
 
 
-def _files(folder: Path, name: str) -> Iterator[Path]:
-    for path in sorted(folder.rglob(name)):
-        inner = path.relative_to(folder).parts[:-1]
-        if not any(part == "wandb" or part.startswith(".") for part in inner):
-            yield path
+def files_named(name: str, folder: Path) -> Iterator[Path]:
+    """Files of this name at any depth, in order, without hidden folders and W&B's copies.
+
+    A sweep that runs makes and removes folders meanwhile: os.walk passes over them, rglob raises.
+    """
+    found = []
+    for place, inner, files in os.walk(folder):
+        inner[:] = [part for part in inner if part != "wandb" and not part.startswith(".")]
+        if name in files:
+            found.append(Path(place, name))
+    return iter(sorted(found))
 
 
 def _axes_key(axes: list[dict[str, Any]]):

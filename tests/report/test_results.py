@@ -162,6 +162,23 @@ def test_copies_in_wandbs_folders_are_not_runs(tmp_path):
     assert len(load_sweep(tmp_path).records) == 4
 
 
+def test_folders_that_go_while_a_sweep_is_read_are_passed_over(tmp_path, monkeypatch):
+    """A cell that runs renames its unfinished folders: here each is gone when the walk comes to it."""
+    write_sweep(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name / "unfinished").mkdir(parents=True)
+    scandir = os.scandir
+
+    def too_late(path):
+        if os.path.basename(path) == "unfinished":
+            os.rmdir(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", too_late)
+    assert len(load_sweep(tmp_path).records) == 4
+    assert not list(tmp_path.glob("*/unfinished"))
+
+
 def test_without_a_baseline_file_the_full_precision_run_is_the_reference(tmp_path):
     write_json_atomic(tmp_path / "0" / "results.json", record("gptq"))
     write_json_atomic(tmp_path / "1" / "results.json", baseline())

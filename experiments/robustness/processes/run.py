@@ -100,7 +100,7 @@ def killed(folder: Path, sizes: list[str]) -> None:
     """Two processes, all of whose group gets SIGKILL once the quantized model has answered a few batches."""
     process = command(folder, 2, sizes)
     try:
-        while not list(folder.rglob("run/.resume/answers/*.1.jsonl")):
+        while not answers_of_helpers(folder):
             if process.poll() is not None:
                 raise RuntimeError("it ended too early:\n" + (folder / "output.txt").read_text()[-3000:])
             time.sleep(0.02)
@@ -109,6 +109,16 @@ def killed(folder: Path, sizes: list[str]) -> None:
     process.wait()
     for child in helpers_of(folder):  # torchrun starts them in sessions of their own
         os.kill(child, signal.SIGKILL)
+
+
+def answers_of_helpers(folder: Path) -> list[str]:
+    """Files with answers of the second process; os.walk passes over folders that go meanwhile."""
+    return [
+        file
+        for place, _, files in os.walk(folder / "outputs")
+        for file in files
+        if place.endswith("run/.resume/answers") and file.endswith(".1.jsonl")
+    ]
 
 
 def helpers_of(folder: Path) -> list[int]:
