@@ -28,6 +28,7 @@ from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from dllmq.calibration.states import CalibrationState  # noqa: E402
+from dllmq.machine import git_state  # noqa: E402
 from dllmq.methods import AWQ, GPTQ, RTN  # noqa: E402
 from dllmq.models import load_model  # noqa: E402
 from dllmq.models.linear import QuantLinear  # noqa: E402
@@ -187,6 +188,7 @@ def main() -> None:
         "command": "python experiments/memory/run.py",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "git": git_state(),
     }
     large = LARGE | {"n_layers": arguments.blocks}
     for part, config, runs in (("large", large, LARGE_RUNS), ("small", SMALL, SMALL_RUNS)):
