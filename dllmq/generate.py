@@ -176,8 +176,7 @@ def load(plan: Plan, prompt: str) -> Runner:
     """
     folder = checkpoint_folder(plan.config.model_path)
     tokenizer = load_tokenizer(folder)
-    layout = plan.config.model
-    ids = encode_prompts([prompt], tokenizer, layout.chat_template, layout.add_bos)[0]
+    ids = encode_prompts([prompt], tokenizer, plan.config.chat_template, plan.config.add_bos)[0]
     most, rest = read_config(folder)[0].max_sequence_length, plan.recipe.sampler.gen_length
     if len(ids) + rest > most:
         raise ValueError(

@@ -73,6 +73,15 @@ def test_noise_is_the_same_in_every_run_and_another_by_seed(folder: Path) -> Non
     assert first == again and first != list(other.frames())[-1].ids
 
 
+def test_the_chat_template_is_left_out_where_asked_for(folder: Path) -> None:
+    bare = runner(folder, *SAMPLER).prompt_ids
+    with pytest.raises(ValueError, match=r"has none .* set tasks\.chat_template=false"):
+        runner(folder, *SAMPLER, "model.chat_template=true")
+    assert runner(folder, *SAMPLER, "model.chat_template=true", "tasks.chat_template=false").prompt_ids.equal(
+        bare
+    )
+
+
 def test_trace_has_a_line_per_step(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = output(capsys, PROMPT, "--trace", "--model", str(folder), *SAMPLER).splitlines()
     assert [line.split("masked")[0].split() for line in lines[:8]] == [

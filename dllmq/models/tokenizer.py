@@ -41,6 +41,26 @@ def load_tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
+def check_chat_template(folder: Path) -> None:
+    """Whether a checkpoint folder says how chats are laid out, told without reading its tokenizer.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
+        return
+    try:
+        declared = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        declared = {}  # load_tokenizer says what is wrong with it
+    if not isinstance(declared, dict) or not declared.get("chat_template"):
+        raise ValueError(
+            f"prompts are to be wrapped in a chat template, but {folder} has none (chat_template.jinja, or "
+            "chat_template in tokenizer_config.json): copy it from the published folder, or set "
+            "tasks.chat_template=false."
+        )
+
+
 def render_chat(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
     """The messages in the tokenizer's chat template, which transformers renders in a sandbox of Jinja's.
 
