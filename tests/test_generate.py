@@ -243,6 +243,22 @@ def test_a_published_id_brings_its_preset_along() -> None:
     assert "model.path='/ckpt/it\\'s=here'" in program.all_overrides(odd)[0]
 
 
+def test_an_export_brings_the_preset_along_that_it_was_made_with(tmp_path: Path) -> None:
+    record, own = tmp_path / "dllmq_quantization.json", f"model.path='{tmp_path}'"
+
+    def overrides(*more: str) -> list[str]:
+        return program.all_overrides(program.arguments(["--model", str(tmp_path), *more]))[0]
+
+    named = '{"run": {"config": {"model": {"name": "%s"}}}}'
+    record.write_text(named % "dream_v0_7b_instruct")
+    assert {"model=dream_v0_7b_instruct", own} <= set(overrides())
+    chosen = overrides("model=dream_v0_7b_base")
+    assert [word for word in chosen if word.startswith("model=")] == ["model=dream_v0_7b_base"]
+    for text in (named % "no_such", named % "mini,rm", '{"run": [1]}', "[" * 9999, "nonsense", "null"):
+        record.write_text(text)
+        assert own in overrides() and not [word for word in overrides() if word.startswith("model=")]
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
