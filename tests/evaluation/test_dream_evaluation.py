@@ -86,15 +86,17 @@ def test_there_are_no_slots_where_noise_decides(noisy: dict[str, object]) -> Non
 @pytest.mark.parametrize("algorithm", ["maskgit_plus", "topk_margin", "entropy"])
 def test_a_left_padded_batch_answers_as_one_prompt_at_a_time(tokenizer, algorithm: str) -> None:
     model = tiny_dream(3, len(tokenizer), tokenizer.mask_token_id, tokenizer.eos_token_id)
-    sampler = SamplerConfig(gen_length=8, steps=5, remasking=algorithm, top_p=0.95)
-    texts = ["Ann has 3 books. How many books has she?", "Ann", "Question: 4 + 5?\nAnswer:"]
+    sampler = SamplerConfig(gen_length=32, steps=8, remasking=algorithm, top_p=0.95)
+    texts = ["Ann has 3 books.", "Ann has", "Question: 4 +"]  # 4, 2 and more tokens: one batch, padded
     requests = [Instance("generate_until", {}, (text, {}), i) for i, text in enumerate(texts)]
 
-    def answers(batch_size: int) -> list[str]:
+    def answers(batch_size: int) -> tuple[list[str], int]:
         settings = EvalSettings(sampler, batch_size, eos_cut="none", add_bos=True)
-        return DiffusionLM(model, tokenizer, settings).generate_until(requests)
+        lm = DiffusionLM(model, tokenizer, settings)
+        return lm.generate_until(requests), lm.counters.forwards
 
-    assert answers(3) == answers(1) and len(set(answers(1))) == 3
+    (alone, separate), (batched, together) = answers(1), answers(3)
+    assert batched == alone and len(set(alone)) == 3 and (separate, together) == (24, 8)
 
 
 def test_bos_starts_prompts_and_contexts(tokenizer) -> None:
