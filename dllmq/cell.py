@@ -275,8 +275,10 @@ class Cell:
         dtype, device = getattr(torch, self.config.dtype()), self.plan.device
         self.memory = plan_memory(self.config.memory, self.plan.parameters, dtype, device)
         log.info("memory: %s", self.memory)
-        model = load_model(folder, device, dtype, self.memory.stream)
-        return model, load_tokenizer(folder)
+        tokenizer = load_tokenizer(
+            folder
+        )  # before the weights: what is wrong with it takes no minutes to say
+        return load_model(folder, device, dtype, self.memory.stream), tokenizer
 
     def _baseline(self, shared: FullPrecision) -> RunRecord:
         """Full precision's record: the sweep's, or the cache's, or measured here."""

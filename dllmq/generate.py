@@ -74,7 +74,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     words = f"the prompt in quotes, - for stdin (default: {PROBLEM}), and overrides as in dllmq.run"
     parser.add_argument("words", nargs="*", metavar="PROMPT|key=value", help=words)
-    parser.add_argument("--model", help="checkpoint folder or hub id; a published id brings its preset along")
+    where = "checkpoint folder or hub id; a published id and an export bring their preset along, another\n"
+    parser.add_argument("--model", help=where + "folder takes model=<preset>")
     parser.add_argument(
         "--side-by-side", action="store_true", help="full precision beside the quantized model"
     )
@@ -107,16 +108,21 @@ def all_overrides(args: argparse.Namespace) -> tuple[list[str], bool]:
     quantized = args.side_by_side or bool(heads - set(_OF_THE_MODEL))
     own = [] if quantized else ["method=fp"]
     own += [] if "tracker" in heads else ["tracker=none"]
-    return [*own, *_model_overrides(args.model), *args.overrides], quantized
+    chosen = any(word.startswith("model=") for word in args.overrides)
+    return [*own, *_model_overrides(args.model, chosen), *args.overrides], quantized
 
 
-def _model_overrides(model: str | None) -> list[str]:
-    """model=<preset> for the id of a preset, model.path=<it> otherwise."""
+def _model_overrides(model: str | None, chosen: bool) -> list[str]:
+    """model.path=<it>, and model=<preset> for the id of a preset and for what was exported with one.
+
+    Args:
+        chosen: the user says which preset.
+    """
     if model is None:
         return []
-    preset = preset_of(model)
+    preset = None if chosen else preset_of(model)
     quoted = model.replace("\\", "\\\\").replace("'", "\\'")
-    return [f"model={preset}"] if preset else [f"model.path='{quoted}'"]
+    return [*([f"model={preset}"] if preset else []), f"model.path='{quoted}'"]
 
 
 def read_prompt(given: str | None) -> str:
@@ -176,8 +182,7 @@ def load(plan: Plan, prompt: str) -> Runner:
     """
     folder = checkpoint_folder(plan.config.model_path)
     tokenizer = load_tokenizer(folder)
-    layout = plan.config.model
-    ids = encode_prompts([prompt], tokenizer, layout.chat_template, layout.add_bos)[0]
+    ids = encode_prompts([prompt], tokenizer, plan.config.chat_template, plan.config.add_bos)[0]
     most, rest = read_config(folder)[0].max_sequence_length, plan.recipe.sampler.gen_length
     if len(ids) + rest > most:
         raise ValueError(

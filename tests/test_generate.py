@@ -73,6 +73,15 @@ def test_noise_is_the_same_in_every_run_and_another_by_seed(folder: Path) -> Non
     assert first == again and first != list(other.frames())[-1].ids
 
 
+def test_the_chat_template_is_left_out_where_asked_for(folder: Path) -> None:
+    bare = runner(folder, *SAMPLER).prompt_ids
+    with pytest.raises(ValueError, match=r"has none .* set tasks\.chat_template=false"):
+        runner(folder, *SAMPLER, "model.chat_template=true")
+    assert runner(folder, *SAMPLER, "model.chat_template=true", "tasks.chat_template=false").prompt_ids.equal(
+        bare
+    )
+
+
 def test_trace_has_a_line_per_step(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = output(capsys, PROMPT, "--trace", "--model", str(folder), *SAMPLER).splitlines()
     assert [line.split("masked")[0].split() for line in lines[:8]] == [
@@ -232,6 +241,22 @@ def test_a_published_id_brings_its_preset_along() -> None:
     assert "model=llada_8b_instruct" in program.all_overrides(args)[0]
     odd = program.arguments(["--model", "/ckpt/it's=here"])
     assert "model.path='/ckpt/it\\'s=here'" in program.all_overrides(odd)[0]
+
+
+def test_an_export_brings_the_preset_along_that_it_was_made_with(tmp_path: Path) -> None:
+    record, own = tmp_path / "dllmq_quantization.json", f"model.path='{tmp_path}'"
+
+    def overrides(*more: str) -> list[str]:
+        return program.all_overrides(program.arguments(["--model", str(tmp_path), *more]))[0]
+
+    named = '{"run": {"config": {"model": {"name": "%s"}}}}'
+    record.write_text(named % "dream_v0_7b_instruct")
+    assert {"model=dream_v0_7b_instruct", own} <= set(overrides())
+    chosen = overrides("model=dream_v0_7b_base")
+    assert [word for word in chosen if word.startswith("model=")] == ["model=dream_v0_7b_base"]
+    for text in (named % "no_such", named % "mini,rm", '{"run": [1]}', "[" * 9999, "nonsense", "null"):
+        record.write_text(text)
+        assert own in overrides() and not [word for word in overrides() if word.startswith("model=")]
 
 
 @pytest.mark.parametrize(

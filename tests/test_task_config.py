@@ -125,14 +125,12 @@ def test_layout_of_prompts() -> None:
 
 def test_the_plan_of_a_made_checkpoint_is_described(checkpoint: Path, data: Path) -> None:
     words = ["model=llada_8b_instruct", "tasks.names=[gsm8k,humaneval]", "tasks.settings=fast_dllm"]
-    words += ["eval.allow_code_execution=true", "sampler.steps=128"]
+    words += ["eval.allow_code_execution=true", "sampler.steps=128", "tasks.chat_template=false"]
     plan = check_cell(composed(*words, f"model.path={checkpoint}", f"tasks.data_dir={data}"))
     text = describe(plan, "x")
     assert "gsm8k: settings fast_dllm, gen_length=256, steps=128, block_length=32" in text
-    assert (
-        "gsm8k: published 79.3 (exact_match, filter not stated, n=1319, settings fast_dllm; here steps=128)"
-        in text
-    )
+    assert "gsm8k: published 79.3 (exact_match, filter not stated, n=1319, settings fast_dllm; here " in text
+    assert "; here chat_template=False, steps=128)" in text
     assert "humaneval: published 41.5" in text
 
 
@@ -163,6 +161,20 @@ def test_wrong_input_is_found_without_weights(words: list[str], message: str, da
     with pytest.raises(ValueError) as error:
         check_cell(composed(*(word.format(data=data) for word in words)))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_chat_template_is_found_without_weights(checkpoint: Path, data: Path) -> None:
+    words = ["tasks=gsm8k", f"tasks.data_dir={data}", "model=llada_8b_instruct", f"model.path={checkpoint}"]
+    said = rf"^prompts are to be wrapped in a chat template, but {checkpoint} has none .*tasks\.chat_template"
+    for more in ([], ["tasks.settings=llada_paper", "model.chat_template=false"]):  # the row asks for it too
+        with pytest.raises(ValueError, match=said):
+            check_cell(composed(*words, *more))
+    check_cell(composed(*words, "tasks.settings=llada_paper", "tasks.chat_template=false"))
+    (checkpoint / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    try:
+        check_cell(composed(*words))
+    finally:
+        (checkpoint / "chat_template.jinja").unlink()
 
 
 def test_the_fingerprint_holds_data_settings_and_lm_eval(

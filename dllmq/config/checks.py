@@ -20,6 +20,7 @@ from dllmq.kernels.backends import find_backend
 from dllmq.methods import FP
 from dllmq.models.linear import BACKENDS
 from dllmq.models.memory import MEMORY
+from dllmq.models.tokenizer import check_chat_template
 from dllmq.recipe import Recipe
 from dllmq.techniques.cgq import CGQ
 
@@ -63,7 +64,10 @@ def check_cell(cfg: DictConfig, stored: bool = False) -> Plan:
     device = device_of(config)
     if config.dry_run and config.model.path is not None and is_hub_id(config.model.path):
         return Plan(config, recipe, device, 0)  # a dry run downloads nothing
-    model = _checked_skeleton(checkpoint_folder(config.model_path), stored)
+    folder = checkpoint_folder(config.model_path)
+    model = _checked_skeleton(folder, stored)
+    if config.chat_template or any(answer.chat_template for answer in answers.values()):
+        check_chat_template(folder)
     check_sampler(model.config, recipe.sampler)
     for answer in answers.values():
         check_sampler(model.config, answer.sampler)

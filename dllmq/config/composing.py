@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 
 import yaml
 from hydra import compose, initialize_config_module
@@ -11,6 +13,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from dllmq.config.checks import Plan, check_cell
+from dllmq.models.stored import RECORD
 
 
 def compose_plan(overrides: Sequence[str], stored: bool = False) -> Plan:
@@ -48,9 +51,20 @@ def check_choices(overrides: Sequence[str]) -> None:
             )
 
 
-def preset_of(hub_id: str) -> str | None:
-    """The option of the group `model` whose path is this hub id."""
+def preset_of(model: str) -> str | None:
+    """The option of the group `model` whose path is this hub id, or with which this folder was exported."""
+    exported_with = _preset_in(Path(model) / RECORD)
     for file in sorted(files("dllmq.conf").joinpath("model").iterdir(), key=lambda f: f.name):
-        if yaml.safe_load(file.read_text(encoding="utf-8"))["path"] == hub_id:
-            return file.name.removesuffix(".yaml")
+        name = file.name.removesuffix(".yaml")
+        if name == exported_with or yaml.safe_load(file.read_text(encoding="utf-8"))["path"] == model:
+            return name
     return None
+
+
+def _preset_in(record: Path) -> str | None:
+    """model.name of the run that an export's record tells of; None where there is none, or a damaged one."""
+    try:
+        name = json.loads(record.read_text(encoding="utf-8"))["run"]["config"]["model"]["name"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return name if isinstance(name, str) else None

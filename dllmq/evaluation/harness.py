@@ -424,8 +424,8 @@ class DiffusionLM(LM):
             templates = templates.get(name if isinstance(name, str) else "default")
         if not isinstance(templates, str):
             raise ValueError(
-                "The tokenizer has no such chat template: set chat_template=false, or use the tokenizer of "
-                "an instruct checkpoint."
+                "The tokenizer has no such chat template: set tasks.chat_template=false, or use the "
+                "tokenizer of an instruct checkpoint."
             )
         return templates
 

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment
+
+from dllmq.models.bounds import Exceeded, bounded
+
 log = logging.getLogger(__name__)
 QWEN2 = ("DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast")
+# Published templates have up to some 20,000 characters and render in about a millisecond.
+TEMPLATE_CHARACTERS = 100_000
+CHAT_CHARACTERS = 1_000_000  # of a rendered chat, beside its messages: far more than any canvas holds
+CHAT_SECONDS = 10.0
+CHAT_MEMORY = 1 << 30  # bytes
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -31,23 +41,72 @@ def load_tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
+def check_chat_template(folder: Path) -> None:
+    """Whether a checkpoint folder says how chats are laid out, told without reading its tokenizer.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
+        return
+    try:
+        declared = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        declared = {}  # load_tokenizer says what is wrong with it
+    if not isinstance(declared, dict) or not declared.get("chat_template"):
+        raise ValueError(
+            f"prompts are to be wrapped in a chat template, but {folder} has none (chat_template.jinja, or "
+            "chat_template in tokenizer_config.json): copy it from the published folder, or set "
+            "tasks.chat_template=false."
+        )
+
+
 def render_chat(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
     """The messages in the tokenizer's chat template, which transformers renders in a sandbox of Jinja's.
+
+    A template comes with the checkpoint: its size, its time and memory and what it makes are bounded.
 
     Args:
         options: of `apply_chat_template`.
 
     Raises:
-        ValueError: there is no template, or it fails or asks for what the sandbox does not give.
+        ValueError: there is no template, it fails, asks for what the sandbox does not give or exceeds a
+            bound.
     """
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        _check_template(options.get("chat_template") or getattr(tokenizer, "chat_template", None))
+        render = partial(tokenizer.apply_chat_template, messages, tokenize=False, **options)
+        chat = str(bounded(render, CHAT_SECONDS, CHAT_MEMORY))
+        if len(chat) > CHAT_CHARACTERS + sum(len(str(message)) for message in messages):
+            raise Exceeded(f"it made {len(chat)} characters of {len(messages)} messages")
+    except Exceeded as error:
+        raise ValueError(_unusable(str(error))) from None
     except Exception as error:  # a template can raise anything
         first = " ".join(str(error).split())[:200].rstrip(".")
-        raise ValueError(
-            f"the tokenizer's chat template cannot be used ({type(error).__name__}: {first}): set "
-            "tasks.chat_template=false, or use the tokenizer of an instruct checkpoint."
-        ) from error
+        raise ValueError(_unusable(f"{type(error).__name__}: {first}")) from error
+    return chat
+
+
+def _unusable(why: str) -> str:
+    return (
+        f"the tokenizer's chat template cannot be used ({why}): set tasks.chat_template=false, or use the "
+        "tokenizer of an instruct checkpoint."
+    )
+
+
+def _check_template(template: Any) -> None:
+    """Whether a template, or each of several by name, is one to compile.
+
+    Powers are refused: 9 ** 9 ** 9 is one instruction of hours, and no published template has one.
+
+    Raises:
+        Exceeded: it is not; with the reason.
+    """
+    for text in template.values() if isinstance(template, dict) else [template or ""]:
+        if len(text) > TEMPLATE_CHARACTERS:
+            raise Exceeded(f"it has {len(text)} characters, more than {TEMPLATE_CHARACTERS}")
+        if "**" in text and any(token[1:] == ("operator", "**") for token in Environment().lex(text)):
+            raise Exceeded("it has the operator **")
 
 
 def _read(folder: Path) -> Any:

@@ -16,6 +16,7 @@ from dllmq.report.decoding import decoding_table
 from dllmq.report.effect_tables import effects_table, main_effects_table, settings_table
 from dllmq.report.groups import (
     Group,
+    all_records,
     as_group,
     fidelity,
     groups,
@@ -38,6 +39,7 @@ def sweep_tables(sweep: Sweep) -> list[Table]:
     """What a sweep prints: the results and, where a switch varies, its effect in each cell and on average."""
     tables = [
         results_table(sweep),
+        other_metrics_table(sweep),
         decoding_table(sweep),
         effects_table(sweep),
         main_effects_table(sweep),
@@ -210,6 +212,34 @@ def _legend(sweep: Sweep, task_metrics: dict[str, str]) -> Iterator[str]:
         yield "final agreement: response positions with full precision's token, each model running freely."
     if _truncation_known(sweep):
         yield "truncated: answers that filled the generated length without ending."
+
+
+def other_metrics_table(sweep: Sweep) -> Table:
+    """What published tasks report beside the metric they are judged by: GSM8K's second filter, acc beside
+    acc_norm. Published scores seldom say which they are; chat models often answer without GSM8K's "#### n",
+    which strict-match asks for. The embedded model's tasks have one form of answer and are left out."""
+    others = [
+        (task, metric)
+        for task, judged_by in tasks(sweep).items()
+        if not task.startswith("mini_")
+        for metric in dict.fromkeys(m for r in all_records(sweep) for m in r.scores.get(task, {}))
+        if metric != judged_by and is_share(metric)
+    ]
+    named = [("full precision", as_group(sweep.baseline))] if sweep.baseline else []
+    named += [(label(g.axes, varying_axes(sweep)), g) for g in groups(sweep)]
+    rows = []
+    for name, group in named if others else []:
+        reference = None if group.records[0] is sweep.baseline else sweep.baseline
+        cells = [Cell(name)]
+        for task, metric in others:
+            cells += [score_cell(score(group, task, metric), share=True)]
+            cells += [delta_cell(delta(group, reference, task, metric), metric)] if sweep.baseline else []
+        rows.append(Row(tuple(cells), "reference" if group.records[0] is sweep.baseline else "run"))
+    columns = [Column("run", KEEP, numeric=False)]
+    for task, metric in others:
+        columns += [Column(f"{task}\n{metric.removesuffix(',none')} %", KEEP)]
+        columns += [Column(f"{task}\nΔ fp [95 %]", 30)] if sweep.baseline else []
+    return Table("Other metrics of the same answers", tuple(columns), tuple(rows))
 
 
 # ---------------------------------------------------------------- cost

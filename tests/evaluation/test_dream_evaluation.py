@@ -83,6 +83,22 @@ def test_there_are_no_slots_where_noise_decides(noisy: dict[str, object]) -> Non
     assert "slots_at_k" not in found.values and "argmax_at_k" in found.values
 
 
+@pytest.mark.parametrize("algorithm", ["maskgit_plus", "topk_margin", "entropy"])
+def test_a_left_padded_batch_answers_as_one_prompt_at_a_time(tokenizer, algorithm: str) -> None:
+    model = tiny_dream(3, len(tokenizer), tokenizer.mask_token_id, tokenizer.eos_token_id)
+    sampler = SamplerConfig(gen_length=32, steps=8, remasking=algorithm, top_p=0.95)
+    texts = ["Ann has 3 books.", "Ann has", "Question: 4 +"]  # 4, 2 and more tokens: one batch, padded
+    requests = [Instance("generate_until", {}, (text, {}), i) for i, text in enumerate(texts)]
+
+    def answers(batch_size: int) -> tuple[list[str], int]:
+        settings = EvalSettings(sampler, batch_size, eos_cut="none", add_bos=True)
+        lm = DiffusionLM(model, tokenizer, settings)
+        return lm.generate_until(requests), lm.counters.forwards
+
+    (alone, separate), (batched, together) = answers(1), answers(3)
+    assert batched == alone and len(set(alone)) == 3 and (separate, together) == (24, 8)
+
+
 def test_bos_starts_prompts_and_contexts(tokenizer) -> None:
     model = tiny_dream(3, len(tokenizer), tokenizer.mask_token_id, tokenizer.eos_token_id)
     sampler = SamplerConfig(gen_length=4, steps=4, remasking="entropy")

@@ -381,7 +381,7 @@ def test_missing_chat_template_is_said(model, tokenizer) -> None:
     bare.chat_template, bare.name_or_path = None, "a/b"
     lm = DiffusionLM(model, bare)
     assert lm.tokenizer_name == "a__b"
-    with pytest.raises(ValueError, match="no such chat template: set chat_template=false"):
+    with pytest.raises(ValueError, match=r"no such chat template: set tasks\.chat_template=false"):
         lm.apply_chat_template([])
 
 

@@ -51,6 +51,32 @@ def test_scores_are_shown_with_error_and_n(sweep):
     assert column(results_table(sweep), "mini_gsm\nexact_match %")[1] == expected
 
 
+def test_both_filters_of_gsm8k_are_shown_and_those_of_mini_tasks_are_not(sweep):
+    """A chat model's strict-match can be 0 where flexible-extract is 70."""
+
+    def gsm8k(run, task="gsm8k"):
+        solved = run.per_problem["mini_gsm"]["exact_match"]
+        score = run.scores["mini_gsm"]["exact_match"]
+        strict, flexible = "exact_match,strict-match", "exact_match,flexible-extract"
+        nothing = {"value": 0.0, "stderr": 0.0, "n": 200}
+        return dataclasses.replace(
+            run,
+            scores={task: {strict: nothing, flexible: score}},
+            per_problem={task: {strict: [0.0] * 200, flexible: solved}},
+        )
+
+    own = [gsm8k(run) for run in sweep.records]
+    found = Sweep(**{**vars(sweep), "records": tuple(own), "baseline": gsm8k(sweep.baseline)})
+    table = next(t for t in sweep_tables(found) if t.title == "Other metrics of the same answers")
+    assert column(results_table(found), "gsm8k\nexact_match,strict-match %")[1] == "0.0 ± 0.0 (200)"
+    flexible = column(results_table(sweep), "mini_gsm\nexact_match %")
+    assert column(table, "gsm8k\nexact_match,flexible-extract %") == flexible[: len(own) + 1]
+    deltas = column(results_table(sweep), "mini_gsm\nΔ fp [95 %]")
+    assert column(table, "gsm8k\nΔ fp [95 %]") == deltas[: len(own) + 1]
+    mini = Sweep(**{**vars(sweep), "records": tuple(gsm8k(run, "mini_gsm") for run in sweep.records)})
+    assert "Other metrics of the same answers" not in [t.title for t in sweep_tables(mini)]
+
+
 def test_delta_to_full_precision_is_shown_with_interval_and_p(sweep):
     d = delta(sweep.records[0], sweep.baseline, "mini_gsm", "exact_match")
     shown = column(results_table(sweep), "mini_gsm\nΔ fp [95 %]")
