@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dllmq.bench.shapes import EMBEDDED  # a GPU machine may lack hydra, which dllmq.config needs
 from dllmq.calibration.prompts import encode_prompts
-from dllmq.config import EMBEDDED
 from dllmq.diffusion import SamplerConfig, generate
 from dllmq.methods import AWQ, GPTQ, RTN
 from dllmq.mini.tasks import problems

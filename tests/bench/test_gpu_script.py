@@ -92,16 +92,20 @@ def test_the_whole_script_at_a_toy_size(tmp_path: Path) -> None:
     assert "## quantize" in (tmp_path / "table.md").read_text()
 
 
-@pytest.mark.slow
-def test_it_needs_neither_hydra_nor_lm_eval(tmp_path: Path) -> None:
-    """What a GPU machine may lack is not imported; one section runs all the same."""
-    program = f"""
+WITHOUT = f"""
 import sys
 class Missing:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {BLOCKED!r}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Missing())
+"""
+
+
+@pytest.mark.slow
+def test_it_needs_neither_hydra_nor_lm_eval(tmp_path: Path) -> None:
+    """What a GPU machine may lack is not imported; one section runs all the same."""
+    program = f"""{WITHOUT}
 sys.argv = ["gpu.py", "--part", "generate", "--out", {str(tmp_path)!r}, *{DRY!r}]
 import runpy
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
@@ -109,3 +113,50 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "generate.exact" in (tmp_path / "results.json").read_text()
+
+
+@pytest.mark.slow
+def test_nor_do_the_tests_that_it_runs(script: Any) -> None:
+    """All are found; triton's are passed over where it is not installed."""
+    program = f"""{WITHOUT}
+import pytest
+options = ["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "default"]
+sys.exit(pytest.main([*options, *{script.gpu_tests()!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=script.ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {"test_cuda.py", "test_graphs.py"} <= {line.partition("::")[0].rpartition("/")[2]
+                                                  for line in done.stdout.splitlines()}  # fmt: skip
+
+
+def test_a_missing_package_is_one_sentence(script: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(script, "find_spec", lambda name: None)
+    assert script.refusal(arguments(tmp_path)) == ""
+    why = script.refusal(arguments(tmp_path, parts="linear,tests"))
+    assert why.startswith("pytest is not installed: pip install pytest hypothesis, or") and "--parts" in why
+
+
+def test_relative_folders_are_the_callers(script: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """A part is a process of its own, which starts where the script did; interrupted, it ends with it."""
+    started: list[dict[str, Any]] = []
+
+    class Process:
+        pid = 0
+
+        def __init__(self, command: list[str], **options: Any) -> None:
+            started.append(options)
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is not None:
+                raise KeyboardInterrupt
+            return 0
+
+        def poll(self) -> None:
+            return None
+
+    ended: list[int] = []
+    monkeypatch.setattr(script.subprocess, "Popen", Process)
+    monkeypatch.setattr(script.os, "killpg", lambda pid, signal: ended.append(pid))
+    with pytest.raises(KeyboardInterrupt):
+        script.in_process(arguments(tmp_path), "linear", 10)
+    assert "cwd" not in started[0] and ended == [0]
