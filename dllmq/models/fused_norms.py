@@ -19,9 +19,13 @@ from dllmq.models.llada import RMSNorm
 
 
 def place_norms(model: Any) -> int:
-    """Moves every norm where it is computed best for the linears' backends; how many are in quantizers."""
+    """Moves every norm where it is computed best for the linears' backends; how many are in quantizers.
+
+    None in linears without blocks around them, as a benchmark has them.
+    """
     moved = 0
-    for block in model.blocks.children():  # iterating over streamed blocks would read them
+    blocks = getattr(model, "blocks", None)
+    for block in () if blocks is None else blocks.children():  # iterating over streamed ones would read them
         for row in model.topology.groups:
             norm = getattr(block, row.absorber)
             if isinstance(norm, RMSNorm):

@@ -18,7 +18,7 @@ from dllmq.models.fused_norms import place_norms
 from dllmq.models.linear import InputQuantizer, QuantLinear
 from dllmq.models.llada import LLaDA, LLaDAConfig, RMSNorm
 from dllmq.numerics import Grid
-from dllmq.pipeline import quantized_linears, set_backend
+from dllmq.pipeline import set_backend
 
 pytestmark = needs_triton
 I, O = 64, 32
@@ -75,28 +75,29 @@ def integers(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("weights", "inputs"),
-    [(Grid(4), Grid(8)), (Grid(8), Grid(4)), (Grid(4, 32), Grid(8, symmetric=True))],
+    ("weights", "inputs", "dtype"),
+    [
+        (Grid(4), Grid(8), torch.float32),
+        (Grid(8), Grid(4), torch.float16),
+        (Grid(4, 32), Grid(8, symmetric=True), torch.float16),
+    ],
     ids=str,
 )
 def test_fused_is_norm_then_quantize_then_linear_bit_for_bit(
-    weights: Grid, inputs: Grid, quantizations: list[bool]
+    weights: Grid, inputs: Grid, dtype: torch.dtype, quantizations: list[bool]
 ) -> None:
-    for dtype in (torch.float32, torch.float16):
-        norm, shared = make_norm(dtype), InputQuantizer(inputs, readers=3)
-        group = [quantized(weights, shared).to(dtype) for _ in range(3)]
-        for member in group:
-            member.pack()
-        x = integers(1, 2, I).to(dtype)
-        apart = [member(norm(x)) for member in group]
-        assert not norm.is_moved and quantizations == 3 * [False]  # a new tensor each time
-        quantizations.clear()
-        assert place_norms(block(group, norm)) == 1 and norm(x) is x
-        fused = [member(norm(x)) for member in group]
-        assert quantizations == [True], "one quantization for the group, with the norm in it"
-        assert all(torch.equal(a, b) for a, b in zip(apart, fused, strict=True))
-        assert apart[0].dtype == dtype
-        quantizations.clear()
+    norm, shared = make_norm(dtype), InputQuantizer(inputs, readers=3)
+    group = [quantized(weights, shared).to(dtype) for _ in range(3)]
+    for member in group:
+        member.pack()
+    x = integers(1, 2, I).to(dtype)
+    apart = [member(norm(x)) for member in group]
+    assert not norm.is_moved and quantizations == 3 * [False]  # a new tensor each time
+    quantizations.clear()
+    assert place_norms(block(group, norm)) == 1 and norm(x) is x
+    fused = [member(norm(x)) for member in group]
+    assert quantizations == [True], "one quantization for the group, with the norm in it"
+    assert all(torch.equal(a, b) for a, b in zip(apart, fused, strict=True)) and apart[0].dtype == dtype
 
 
 def test_the_fake_backend_applies_a_norm_that_has_moved() -> None:
@@ -168,7 +169,7 @@ def packed(make: Callable[[], Any]) -> Any:
         for row in model.topology.groups:
             shared = InputQuantizer(Grid(8), readers=len(row.linears))
             for name in row.linears:
-                setattr(each, name, quantized(Grid(4), shared, getattr(each, name).weight.shape))
+                setattr(each, name, quantized(Grid(8), shared, getattr(each, name).weight.shape))
     assert set_backend(model.to(DEVICE), "packed") == "packed:triton"
     return model
 
@@ -186,13 +187,10 @@ def test_backends_place_both_norms_of_a_block(make: Callable[[], Any]) -> None:
 
 
 def test_a_packed_model_quantizes_each_groups_input_once(quantizations: list[bool]) -> None:
-    """Four groups a block, two of them behind a norm; the outputs are those of norms apart."""
-    model, ids = packed(llada), torch.arange(3, device=DEVICE)[None]
+    """Four groups a block, two of them behind a norm; the outputs are the fake backend's."""
+    model, ids = packed(llada), torch.arange(2, device=DEVICE)[None]
     with torch.no_grad():
         fused = model(ids)
         assert quantizations == [True, False, True, False]
-        for norm in (m for m in model.modules() if isinstance(m, RMSNorm)):
-            norm.is_moved = False
-        for member in quantized_linears(model).values():
-            member.inputs.take_norm(None)
+        set_backend(model, "fake")
         torch.testing.assert_close(fused, model(ids), rtol=1e-2, atol=2e-2)
