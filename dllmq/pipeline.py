@@ -43,6 +43,7 @@ from dllmq.models.attention import (
 )
 from dllmq.models.base import Block, BlockContext, GroupRow, absorb_scale, linear_group
 from dllmq.models.block_store import BlockStore, Grids
+from dllmq.models.fused_norms import place_norms
 from dllmq.models.linear import InputQuantizer, QuantLinear
 from dllmq.models.streaming import compact_block, is_streamed, log_reading
 from dllmq.recipe import AttentionGrids, Recipe
@@ -217,6 +218,7 @@ def set_backend(model: Any, backend: str) -> str:
     )
     for linear in linears.values():
         linear.pack() if packed else linear.unpack()
+    place_norms(model)
     names = {linear.backend.removeprefix("packed:") for linear in linears.values()}
     return f"packed:{'+'.join(sorted(names))}" if packed else "fake"
 

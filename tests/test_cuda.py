@@ -1,5 +1,6 @@
 """The embedded model on a GPU: what it generates, quantizes and scores is what it does on the CPU."""
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -7,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dllmq.bench.shapes import EMBEDDED  # a GPU machine may lack hydra, which dllmq.config needs
 from dllmq.calibration.prompts import encode_prompts
-from dllmq.config import EMBEDDED
 from dllmq.diffusion import SamplerConfig, generate
 from dllmq.methods import AWQ, GPTQ, RTN
 from dllmq.mini.tasks import problems
 from dllmq.models import load_model
+from dllmq.models.graphs import graphed
 from dllmq.models.tokenizer import load_tokenizer
 from dllmq.numerics import Grid, fit
 from dllmq.numerics import quantize as quantize_values
@@ -84,6 +86,19 @@ def test_quantized_models_agree(method: Any, weights: Grid, inputs: Grid | None)
     p, q = (torch.log_softmax(logits(m), -1) for m in (here, there))
     divergence = float((p.exp() * (p - q)).sum(-1).mean())
     assert divergence < (1e-3 if isinstance(method, RTN) else 0.05), f"{divergence:.2e} nats apart"
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_graphs_of_a_packed_model_give_its_tokens(cache: str) -> None:
+    """Integer products, norms fused with their quantization, and cached keys and values, all replayed."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    model = model_on("cuda", recipe(RTN(), Grid(4), Grid(8)))
+    set_backend(model, "packed")
+    wrapped, sampler = graphed(model), replace(SAMPLER, cache=cache)
+    prompt = prompts()[0][None].to(model.device)
+    found, expected = (generate(m, prompt, sampler).tokens for m in (wrapped, model))
+    assert float((found == expected).float().mean()) > 0.9  # a window of columns may round otherwise
+    assert wrapped._recorded and not wrapped._failed
 
 
 @pytest.mark.parametrize(

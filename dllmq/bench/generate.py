@@ -30,6 +30,7 @@ from dllmq.pipeline import quantize, set_backend
 from dllmq.recipe import FULL_PRECISION_BITS, Bits, Recipe
 
 WIDTHS = ("w8a8", "w4a8", "w4a4")
+TARGETS_FIRST = ("w4a8", "w4a4", "w8a8")  # on a GPU, where time may run out (experiments/speed/gpu.py)
 THRESHOLD = 0.9
 APPROXIMATE = "approximate"
 RANDOM = (
@@ -44,11 +45,12 @@ def measure(setup: Setup, sheet: Sheet) -> None:
     model = build(setup.shape, setup.device, setup.dtype)
     for batch in batch_sizes(setup):
         loops(setup, sheet, model, work(setup, batch))
-    for name in WIDTHS:
+    on_gpu = setup.device.type == "cuda"
+    for name in TARGETS_FIRST if on_gpu else WIDTHS:
         packed = copy.deepcopy(model)
         quantize_in_place(packed, name)
         if backend := packs(packed, name, sheet):
-            for batch in batch_sizes(setup):
+            for batch in sorted(batch_sizes(setup), reverse=on_gpu):
                 widths(setup, sheet, (model, packed), work(setup, batch), f"{name} {backend}")
         del packed
 

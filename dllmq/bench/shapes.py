@@ -140,7 +140,7 @@ def sampler_of(setup: Setup) -> SamplerConfig:
     if setup.shape == "mini":
         return SamplerConfig(gen_length=48, steps=48, block_length=16)
     if setup.device.type == "cuda":
-        return SamplerConfig(gen_length=64, steps=64, block_length=32)
+        return SamplerConfig(gen_length=32, steps=32, block_length=16)
     return SamplerConfig(gen_length=16, steps=16, block_length=8)
 
 

@@ -114,13 +114,21 @@ class CountingModel:
         self._count(input_ids)
         return states_of(self.model, input_ids, attention_mask)
 
-    def start_cache(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Any]:
-        self._count(input_ids)
-        return self.model.start_cache(input_ids, attention_mask)  # type: ignore[attr-defined]
+    @property
+    def start_cache(self) -> Callable[..., tuple[Tensor, Any]]:
+        """The model's, counted; AttributeError, so `hasattr` is false, where the model keeps nothing."""
+        return self._counted(self.model.start_cache)  # type: ignore[attr-defined]
 
-    def use_cache(self, input_ids: Tensor, start: int, cache: Any) -> Tensor:
-        self._count(input_ids)
-        return self.model.use_cache(input_ids, start, cache)  # type: ignore[attr-defined]
+    @property
+    def use_cache(self) -> Callable[..., Tensor]:
+        return self._counted(self.model.use_cache)  # type: ignore[attr-defined]
+
+    def _counted(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(input_ids: Tensor, *rest: Any) -> Any:
+            self._count(input_ids)
+            return forward(input_ids, *rest)
+
+        return counted
 
     def _count(self, input_ids: Tensor) -> None:
         self.counters.forwards += 1

@@ -41,11 +41,17 @@ class Kernel(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """A kernel, its name in results, and whether it computes rightly on this machine."""
+    """A kernel, its name in results, and whether it computes rightly on this machine.
+
+    Attributes:
+        quantize_normed: (rows of x, operand, input grid, weight, eps) -> `quantize_for` of x's RMSNorm in one
+            pass, where the kernel has it.
+    """
 
     name: str
     kernel: Kernel
     works: Callable[[], bool]
+    quantize_normed: Callable[[Tensor, Any, Grid, Tensor, float], Any] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
         """Itself: modules cannot be copied."""
@@ -99,4 +105,4 @@ def _triton() -> tuple[Backend, ...]:
         return ()
     from dllmq.kernels import triton_linear
 
-    return (Backend("triton", triton_linear, lambda: True),)
+    return (Backend("triton", triton_linear, lambda: True, triton_linear.quantize_normed),)

@@ -134,6 +134,13 @@ def quantize_for(x: Float[Tensor, "T I"], operand: Operand, inputs: Grid, norm: 
     return quantize_inputs(x, inputs, operand.layout, norm)
 
 
+def quantize_normed(
+    x: Float[Tensor, "T I"], operand: Operand, inputs: Grid, weight: Float[Tensor, " I"], eps: float
+) -> Inputs:
+    """`quantize_for` of the RMSNorm of x; the normed values never reach memory."""
+    return quantize_for(x, operand, inputs, Norm(weight, eps))
+
+
 class Tiles(NamedTuple):
     """Outputs and tokens of a program's tile, columns a step, and how Triton runs it.
 

@@ -82,7 +82,7 @@ class BlockContext(NamedTuple):
         """For a forward over these columns only."""
         return self._replace(sin=self.sin[..., start:stop, :], cos=self.cos[..., start:stop, :])
 
-    def take(self, rows: Bool[Tensor, " B"]) -> BlockContext:
+    def take(self, rows: Bool[Tensor, " B"] | Int[Tensor, " R"]) -> BlockContext:
         """For these rows; tables with a row dimension have one per row."""
         sin, cos = (table[rows] if table.dim() == 4 else table for table in (self.sin, self.cos))
         return self._replace(bias=None if self.bias is None else self.bias[rows], sin=sin, cos=cos)
@@ -134,6 +134,7 @@ class BlockStack(nn.Module, ABC):
 
     config: Any
     topology: Topology
+    forwards: int = 0  # calls of the transformer so far, replays of recorded ones among them (graphs.py)
 
     @property
     @abstractmethod
@@ -178,6 +179,7 @@ class BlockStack(nn.Module, ABC):
 
     def run_blocks(self, input_ids: Int[Tensor, "B L"], ctx: BlockContext) -> Float[Tensor, "B L d"]:
         """`hidden_states` in a given context."""
+        self.forwards += 1
         x = self.embed(input_ids)
         for block in self.blocks:
             x = block(x, ctx)
@@ -191,6 +193,7 @@ class BlockStack(nn.Module, ABC):
         last = self.blocks[-1]
         if any(p.is_meta for p in last.parameters()):
             return WholeStates(self.hidden_states(input_ids, attention_mask))
+        self.forwards += 1
         x, ctx = self.embed(input_ids), self.context(input_ids.shape[1], attention_mask)
         for block in list(self.blocks)[:-1]:
             x = block(x, ctx)
@@ -200,23 +203,36 @@ class BlockStack(nn.Module, ABC):
         self, input_ids: Int[Tensor, "B L"], attention_mask: Tensor | None = None
     ) -> tuple[Float[Tensor, "B L d"], KVCache]:
         """`hidden_states` of the whole canvas, and the keys and values it computed."""
-        context = self.context(input_ids.shape[1], attention_mask)
-        cache = KVCache([KeysValues() for _ in range(len(self.blocks))], context)
-        return self._run_cached(input_ids, context, cache, 0), cache
+        cache = self.empty_cache(input_ids.shape[1], attention_mask)
+        return self.use_cache(input_ids, 0, cache), cache
+
+    def empty_cache(self, length: int, attention_mask: Tensor | None = None) -> KVCache:
+        """Of a canvas of `length` columns; a forward over all of them fills it."""
+        return KVCache([KeysValues() for _ in range(len(self.blocks))], self.context(length, attention_mask))
 
     def use_cache(self, input_ids: Int[Tensor, "B n"], start: int, cache: KVCache) -> Float[Tensor, "B n d"]:
         """`hidden_states` of the canvas's columns from `start` on, the others' keys and values as cached.
 
         The columns' own keys and values replace those in the cache.
         """
-        context = cache.context.columns(start, start + input_ids.shape[1])
-        return self._run_cached(input_ids, context, cache, start)
+        stop = start + input_ids.shape[1]
+        return self.run_cached(
+            input_ids, cache.context.columns(start, stop), cache.layers, slice(start, stop)
+        )
 
-    def _run_cached(self, input_ids: Tensor, context: BlockContext, cache: KVCache, start: int) -> Tensor:
+    def run_cached(
+        self,
+        input_ids: Int[Tensor, "B n"],
+        ctx: BlockContext,
+        layers: list[KeysValues],
+        at: slice | Int[Tensor, " n"],
+    ) -> Float[Tensor, "B n d"]:
+        """`use_cache` in a given context, of the columns `at`."""
+        self.forwards += 1
         x = self.embed(input_ids)
-        for block, past in zip(self.blocks, cache.layers, strict=True):
-            past.start = start
-            x = block(x, context._replace(past=past))
+        for block, past in zip(self.blocks, layers, strict=True):
+            past.at = at
+            x = block(x, ctx._replace(past=past))
         return self.final_norm(x)
 
     def embed(self, input_ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L d"]:

@@ -11,6 +11,13 @@ do not depend on each other; the sums of another shape may round differently.) A
 bound by arithmetic and is run as it is. Where recording fails (a kernel that waits for the host), nothing is
 recorded from then on, and this is logged once.
 
+Forwards of block-wise decoding with a cache (`use_cache`) have a shape of their own for each number of
+columns: one of the dual cache, one a block of the prefix cache. The whole canvas, which fills the cache, is
+such a forward too, and is replayed once a shorter one of its canvas has been recorded: it then writes into
+the memory that this one reads (recorded.py).
+
+Recordings and warm-ups are no forwards: `model.forwards` counts a forward once, however it was run.
+
 The model may not change while it is wrapped: a graph reads the weights where they were when it was recorded.
 """
 
@@ -18,43 +25,31 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllmq.diffusion.predict import States, WholeStates, states_of
-from dllmq.models.base import BlockContext
+from dllmq.models.kv import KVCache
+from dllmq.models.recorded import (
+    ROWS,
+    Capture,
+    Memory,
+    PaddedCache,
+    Recorded,
+    RecordedSlice,
+    pad_rows,
+    record,
+    round_up,
+)
 
 log = logging.getLogger(__name__)
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 MAX_TOKENS = 4096  # rows x columns
 MAX_GRAPHS = 8  # the one used longest ago makes room
-
-# A function without arguments -> the tensor it returns, and what computes this tensor anew.
-Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """A recorded forward: its own inputs, its output, and what runs it."""
-
-    input_ids: Int[Tensor, "B L"]
-    context: BlockContext
-    output: Float[Tensor, "B L d"]
-    replay: Callable[[], None]
-
-    def __call__(self, input_ids: Int[Tensor, "B L"], context: BlockContext) -> Float[Tensor, "B L d"]:
-        """The hidden states, in memory that the next replay leaves alone."""
-        self.input_ids.copy_(input_ids)
-        for own, given in zip(self.context[:3], context[:3], strict=True):  # bias, sin, cos
-            if own is not None and given is not None:
-                own.copy_(given)
-        self.replay()
-        return self.output.clone()
 
 
 class GraphedModel:
@@ -68,8 +63,8 @@ class GraphedModel:
     def __init__(self, model: Any, capture: Capture | None = None) -> None:
         self.model, self.config = model, model.config
         self._capture = capture or CudaCapture(model.device)
-        self._seen: Counter[tuple[int, int, bool]] = Counter()
-        self._recorded: OrderedDict[tuple[int, int, bool], Recorded] = OrderedDict()
+        self._seen: Counter[tuple[object, ...]] = Counter()
+        self._recorded: OrderedDict[tuple[object, ...], Any] = OrderedDict()
         self._failed = False
 
     @property
@@ -80,7 +75,7 @@ class GraphedModel:
         return self.model.head(h)
 
     def __getattr__(self, name: str) -> Any:
-        """What only some callers use of a model (its embedding, its cache of keys and values)."""
+        """What only some callers use of a model (its embedding)."""
         return getattr(self.model, name)
 
     def hidden_states(
@@ -99,41 +94,102 @@ class GraphedModel:
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return self.head(self.hidden_states(input_ids, attention_mask))
 
+    def start_cache(
+        self, input_ids: Int[Tensor, "B L"], attention_mask: Tensor | None = None
+    ) -> tuple[Float[Tensor, "B L d"], PaddedCache]:
+        """As the model's; a long canvas is run with the rows it has."""
+        rows, columns = input_ids.shape
+        if not _is_small(input_ids):
+            h, cache = self.model.start_cache(input_ids, attention_mask)
+            return h, PaddedCache.of(cache, rows)
+        mask = None if attention_mask is None else pad_rows(attention_mask)
+        cache = self.model.empty_cache(columns, mask)
+        return self._sliced(pad_rows(input_ids), 0, cache)[:rows], PaddedCache(cache, rows)
+
+    def use_cache(
+        self, input_ids: Int[Tensor, "B n"], start: int, cache: PaddedCache
+    ) -> Float[Tensor, "B n d"]:
+        if not _is_small(input_ids):
+            return self.model.use_cache(pad_rows(input_ids), start, cache.cache)[: len(input_ids)]
+        return self._sliced(pad_rows(input_ids), start, cache.cache)[: len(input_ids)]
+
     @torch.no_grad()
     def _padded(self, input_ids: Int[Tensor, "R L"], attention_mask: Tensor | None) -> Float[Tensor, "R L d"]:
         """The hidden states of a canvas whose rows are padded already."""
         rows, columns = input_ids.shape
         mask = None if attention_mask is None else pad_rows(attention_mask)
         context = self.model.context(columns, mask)
-        key = (rows, columns, context.bias is not None)
-        recorded = self._recorded.get(key)
-        if recorded is None and self._seen[key] and not self._failed:
-            recorded = self._record(key, input_ids, context)
-        self._seen[key] += 1
-        if recorded is None:
-            return self.model.run_blocks(input_ids, context)
-        self._recorded.move_to_end(key)
-        return recorded(input_ids, context)
+        with self._one_forward():
+            recorded: Recorded | None = self._find(
+                ("full", rows, columns, context.bias is not None),
+                lambda: record(self.model.run_blocks, input_ids, context, self._capture),
+            )
+            run = recorded or self.model.run_blocks
+            return run(input_ids, context)
 
-    def _record(
-        self, key: tuple[int, int, bool], input_ids: Tensor, context: BlockContext
-    ) -> Recorded | None:
-        own_ids = input_ids.clone()
-        bias = None if context.bias is None else context.bias.clone()
-        own = context._replace(bias=bias, sin=context.sin.clone(), cos=context.cos.clone())
+    @torch.no_grad()
+    def _sliced(self, input_ids: Int[Tensor, "R n"], start: int, cache: KVCache) -> Float[Tensor, "R n d"]:
+        """The hidden states of some columns, whose keys and values go into the cache."""
+        canvas, has_bias = cache.context.sin.shape[-2], cache.context.bias is not None
+        memory = self._memory(len(input_ids), canvas)
+        with self._one_forward():
+            recorded: RecordedSlice | None = None
+            if memory is not None or not cache.is_empty:
+                recorded = self._find(
+                    ("slice", *input_ids.shape, canvas, has_bias),
+                    lambda: self._record_slice(input_ids, start, cache, memory or Memory(cache)),
+                )
+            run = recorded or self.model.use_cache
+            return run(input_ids, start, cache)
+
+    def _record_slice(
+        self, input_ids: Int[Tensor, "R n"], start: int, cache: KVCache, memory: Memory
+    ) -> RecordedSlice:
+        """Warming up it writes the keys and values that the first replay writes again."""
+        at = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+        memory.hold(cache)
+
+        def run(ids: Tensor, context: Any) -> Tensor:
+            return self.model.run_cached(ids, context, memory.layers, at)
+
+        context = cache.context.columns(start, start + len(at))
+        return RecordedSlice(record(run, input_ids, context, self._capture), at, memory)
+
+    def _memory(self, rows: int, canvas: int) -> Memory | None:
+        """What recordings of this many rows and columns of a canvas read already."""
+        slices = (r for key, r in self._recorded.items() if key[0] == "slice" and key[1::2] == (rows, canvas))
+        found = next(slices, None)
+        return None if found is None else found.memory
+
+    def _find(self, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
+        """The recording of a shape that comes for the second time; None: run it as it is."""
+        if key not in self._recorded and self._seen[key] and not self._failed:
+            self._record(key, make)
+        self._seen[key] += 1
+        if key in self._recorded:
+            self._recorded.move_to_end(key)
+        return self._recorded.get(key)
+
+    def _record(self, key: tuple[object, ...], make: Callable[[], Any]) -> None:
         if len(self._recorded) == MAX_GRAPHS:
             self._recorded.popitem(last=False)
         try:
-            output, replay = self._capture(lambda: self.model.run_blocks(own_ids, own))
+            self._recorded[key] = make()
         except torch.OutOfMemoryError:
             raise  # the batch is halved, as without graphs
         except RuntimeError as error:
             self._failed = True
             first = str(error).partition("\n")[0]
             log.warning("forwards cannot be recorded as CUDA graphs, they run kernel by kernel: %s", first)
-            return None
-        self._recorded[key] = Recorded(own_ids, own, output, replay)
-        return self._recorded[key]
+
+    @contextmanager
+    def _one_forward(self) -> Iterator[None]:
+        """Whatever runs inside, the model counts it as one."""
+        before = self.model.forwards
+        try:
+            yield
+        finally:
+            self.model.forwards = before + 1
 
 
 class CudaCapture:
@@ -173,14 +229,3 @@ def _is_small(input_ids: Int[Tensor, "B L"]) -> bool:
     """Whether a forward is short enough to be replayed."""
     rows, columns = input_ids.shape
     return rows <= ROWS[-1] and round_up(rows) * columns <= MAX_TOKENS
-
-
-def round_up(rows: int) -> int:
-    """The next of ROWS."""
-    return next(n for n in ROWS if n >= rows)
-
-
-def pad_rows(x: Shaped[Tensor, "B L"]) -> Shaped[Tensor, "R L"]:
-    """x with copies of its last row up to the next of ROWS."""
-    missing = round_up(len(x)) - len(x)
-    return torch.cat([x, x[-1:].expand(missing, -1)]) if missing else x

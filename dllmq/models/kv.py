@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -24,29 +24,29 @@ class KeysValues:
     """One block's rotated keys and its values over the whole canvas, None before the first forward.
 
     Attributes:
-        start: the first column of the forward in progress.
+        at: the columns of the forward in progress, as a slice or one by one.
     """
 
-    start: int = 0
+    at: slice | Int[Tensor, " n"] | None = None
     K: Float[Tensor, "B kv L h"] | None = None
     V: Float[Tensor, "B kv L h"] | None = None
 
     def replace(
         self, K: Float[Tensor, "B kv n h"], V: Float[Tensor, "B kv n h"]
     ) -> tuple[Float[Tensor, "B kv L h"], Float[Tensor, "B kv L h"]]:
-        """Writes the columns from `start` on; all columns' keys and values."""
+        """Writes the columns `at`; all columns' keys and values."""
         if self.K is None or self.V is None:
             self.K, self.V = K, V
         else:
-            self.K[:, :, self.start : self.start + K.shape[2]] = K
-            self.V[:, :, self.start : self.start + V.shape[2]] = V
+            self.K[:, :, self.at] = K
+            self.V[:, :, self.at] = V
         return self.K, self.V
 
-    def take(self, rows: Bool[Tensor, " B"]) -> KeysValues:
-        """These rows; the others' memory is given up."""
+    def take(self, rows: Bool[Tensor, " B"] | Int[Tensor, " R"]) -> KeysValues:
+        """These rows; the memory of all is given up."""
         assert self.K is not None and self.V is not None
         K, V, self.K, self.V = self.K[rows], self.V[rows], None, None
-        return KeysValues(self.start, K, V)
+        return KeysValues(self.at, K, V)
 
 
 @dataclass
@@ -56,7 +56,12 @@ class KVCache:
     layers: list[KeysValues]
     context: Any  # base.BlockContext
 
-    def take(self, rows: Bool[Tensor, " B"]) -> KVCache:
+    @property
+    def is_empty(self) -> bool:
+        """Whether no forward has filled it, or its keys and values have moved (`take`)."""
+        return self.layers[0].K is None
+
+    def take(self, rows: Bool[Tensor, " B"] | Int[Tensor, " R"]) -> KVCache:
         """A cache of these rows; this one is empty afterwards, one layer at a time."""
         layers = [layer.take(rows) for layer in self.layers]
         return KVCache(layers, self.context.take(rows))

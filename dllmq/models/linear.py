@@ -22,6 +22,7 @@ Scales and zeros are held besides. Compact or not the numbers are the same bit f
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -52,37 +53,67 @@ class InputQuantizer:
     Args:
         grid: of the input, None leaves it in full precision.
         readers: how many linears read the same tensor; after the last one nothing is held.
+
+    Some readers may never come (the last block's queries read a window of the columns, a tensor of its own):
+    the tensor is not held at all, and what was made of it goes with it.
+
+    Attributes:
+        norm: an RMSNorm that is computed here, as its kernel quantizes in the same pass (fused_norms.py).
     """
 
     def __init__(self, grid: Grid | None, readers: int = 1) -> None:
         self.grid, self.readers = grid, readers
-        self._source: Tensor | None = None
+        self._source: weakref.ref[Tensor] | None = None
         self._key: object = None
         self._value, self._left = None, 0
+        self.norm: Any = None
+
+    def take_norm(self, norm: Any) -> None:
+        """From here on inputs are what this norm (None: no norm) reads."""
+        self.norm = norm
+        self._source = self._value = None
 
     def fake(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... I"]:
         """Deq(Q_a(x))."""
         grid = self.grid
-        return x if grid is None else self._once(x, "fake", lambda: fake_quant(x, grid))
+        return x if grid is None else self._once(x, "fake", lambda: fake_quant(self._normed(x), grid))
 
     def packed(self, x: Float[Tensor, "... I"], backend: Backend, operand: Any) -> Any:
         """x's tokens as a kernel's operand wants them."""
         grid, kernel = self.grid, backend.kernel
         assert grid is not None, "a packed product has a quantized input"
-        rows = x.reshape(-1, x.shape[-1])
-        return self._once(x, (backend.name, operand.layout), lambda: kernel.quantize_for(rows, operand, grid))
+
+        def quantize() -> Any:
+            if self.norm is None or backend.quantize_normed is None:
+                return kernel.quantize_for(_rows(self._normed(x)), operand, grid)
+            return backend.quantize_normed(_rows(x), operand, grid, self.norm.weight, self.norm.eps)
+
+        return self._once(x, (backend.name, operand.layout), quantize)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return x if self.norm is None else self.norm.normed(x)
 
     def _once(self, x: Tensor, kind: object, make: Callable[[], Any]) -> Any:
         if self.readers == 1 or x.is_inference():  # inference tensors do not tell when they are changed
             return make()
         key = (kind, x._version)
-        if self._source is not x or self._key != key:
-            self._source, self._key, self._value, self._left = x, key, make(), self.readers
+        if self._source is None or self._source() is not x or self._key != key:
+            self._value, self._left = make(), self.readers
+            self._source, self._key = weakref.ref(x, self._forget), key
         value = self._value
         self._left -= 1
         if self._left <= 0:
             self._source = self._value = None
         return value
+
+    def _forget(self, source: weakref.ref[Tensor]) -> None:
+        """What was made of a tensor that is no more."""
+        if self._source is source:
+            self._source = self._value = None
+
+
+def _rows(x: Float[Tensor, "*rows I"]) -> Float[Tensor, "T I"]:
+    return x.reshape(-1, x.shape[-1])
 
 
 class InputQuantLinear(Linear):
@@ -228,6 +259,11 @@ class QuantLinear(nn.Module):
         rows = self.inputs.packed(x, prepared.backend, operand)
         y = kernel.integer_linear(rows, operand, self.bias, x.dtype)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    @property
+    def prepared(self) -> Prepared | None:
+        """What its kernel reads; None with the fake backend."""
+        return self._prepared
 
     def find_backend(self) -> Backend | None:
         """The kernel that the packed backend would use for these grids on this device, None without one."""

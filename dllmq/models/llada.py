@@ -166,12 +166,23 @@ class LLaDAConfig:
 
 
 class RMSNorm(nn.Module):
+    """x -> weight * (x / sqrt(mean x^2 + eps)), in fp32 up to the product.
+
+    Attributes:
+        is_moved: the quantizer of the linears behind it computes it (fused_norms.py); x is passed on.
+    """
+
     def __init__(self, d: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d))
         self.eps = eps
+        self.is_moved = False
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        return x if self.is_moved else self.normed(x)
+
+    def normed(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """What the norm computes, wherever it is."""
         x32 = x.float()
         normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return normed.to(x.dtype).mul_(self.weight)

@@ -52,9 +52,10 @@ def test_all_budgets_fit_into_ten_minutes(script: Any) -> None:
 def test_what_a_part_does_not_use_goes_to_the_next(script: Any, tmp_path: Path, monkeypatch: Any) -> None:
     budgets = []
     monkeypatch.setattr(script, "in_process", lambda args, name, budget: budgets.append(budget) or "finished")
-    parts = script.all_parts(arguments(tmp_path, seconds=1000))
-    assert budgets[0] == script.BUDGET["linear"]
-    assert budgets[1] == pytest.approx(script.BUDGET["linear"] + script.BUDGET["memory"], abs=1)
+    own = script.BUDGET["linear"], script.BUDGET["memory"]
+    parts = script.all_parts(arguments(tmp_path, seconds=sum(own) + 7))
+    assert budgets[0] == own[0] + 7  # and what the parts that were not asked for would have
+    assert budgets[1] == pytest.approx(sum(own) + 7, abs=1)
     written = json.loads((tmp_path / "parts.json").read_text())
     assert written["parts"] == parts and written["machine"]["device"] == "cpu"
     assert "python experiments/speed/gpu.py" in written["command"]
@@ -81,7 +82,7 @@ def test_a_part_out_of_time_is_ended(script: Any, tmp_path: Path, monkeypatch: A
 
 @pytest.mark.slow
 def test_the_whole_script_at_a_toy_size(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), *DRY]
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), *DRY, "--seconds", "3000"]  # others work
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     parts = json.loads((tmp_path / "parts.json").read_text())["parts"]
@@ -92,16 +93,16 @@ def test_the_whole_script_at_a_toy_size(tmp_path: Path) -> None:
     assert "## quantize" in (tmp_path / "table.md").read_text()
 
 
+WITHOUT = f"""
+import sys
+sys.modules |= dict.fromkeys({BLOCKED!r})  # neither found nor imported
+"""
+
+
 @pytest.mark.slow
 def test_it_needs_neither_hydra_nor_lm_eval(tmp_path: Path) -> None:
     """What a GPU machine may lack is not imported; one section runs all the same."""
-    program = f"""
-import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {BLOCKED!r}:
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Missing())
+    program = f"""{WITHOUT}
 sys.argv = ["gpu.py", "--part", "generate", "--out", {str(tmp_path)!r}, *{DRY!r}]
 import runpy
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
@@ -109,3 +110,51 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "generate.exact" in (tmp_path / "results.json").read_text()
+
+
+@pytest.mark.slow
+def test_nor_do_the_tests_that_it_runs(script: Any) -> None:
+    """All are found; triton's are passed over where it is not installed."""
+    program = f"""{WITHOUT}
+import os, pytest
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # hydra brings one
+options = ["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-W", "default"]
+sys.exit(pytest.main([*options, *{script.gpu_tests()!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=script.ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {"test_cuda.py", "test_graphs.py"} <= {line.partition("::")[0].rpartition("/")[2]
+                                                  for line in done.stdout.splitlines()}  # fmt: skip
+
+
+def test_a_missing_package_is_one_sentence(script: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(script, "find_spec", lambda name: None)
+    assert script.refusal(arguments(tmp_path)) == ""
+    why = script.refusal(arguments(tmp_path, parts="linear,tests"))
+    assert why.startswith("pytest is not installed: pip install pytest hypothesis, or") and "--parts" in why
+
+
+def test_relative_folders_are_the_callers(script: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """A part is a process of its own, which starts where the script did; interrupted, it ends with it."""
+    started: list[dict[str, Any]] = []
+
+    class Process:
+        pid = 0
+
+        def __init__(self, command: list[str], **options: Any) -> None:
+            started.append(options)
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is not None:
+                raise KeyboardInterrupt
+            return 0
+
+        def poll(self) -> None:
+            return None
+
+    ended: list[int] = []
+    monkeypatch.setattr(script.subprocess, "Popen", Process)
+    monkeypatch.setattr(script.os, "killpg", lambda pid, signal: ended.append(pid))
+    with pytest.raises(KeyboardInterrupt):
+        script.in_process(arguments(tmp_path), "linear", 10)
+    assert "cwd" not in started[0] and ended == [0]

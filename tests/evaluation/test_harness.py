@@ -4,6 +4,8 @@ import copy
 import logging
 import random
 from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from dllmq.diffusion import SamplerConfig, generate, greedy_match, log_likelihoo
 from dllmq.diffusion.likelihood import request_generator
 from dllmq.evaluation.harness import DiffusionLM, cut_answer, left_pad
 from dllmq.evaluation.settings import EvalSettings
+from dllmq.full_precision import ForwardCounter
 from dllmq.mini.tasks import problems
+from dllmq.models.graphs import GraphedModel
 
 SAMPLER = SamplerConfig(gen_length=16, steps=16, block_length=8)
 
@@ -118,6 +122,32 @@ class CountedRows:
     def use_cache(self, input_ids, start, cache):
         self.rows += len(input_ids)
         return self.model.use_cache(input_ids, start, cache)
+
+
+def test_a_model_that_keeps_no_keys_and_values_is_refused(model, tokenizer) -> None:
+    """Also behind the counter of forwards, which would pass the calls on."""
+    own = ("config", "device", "hidden_states", "head")
+    bare = SimpleNamespace(**{name: getattr(model, name) for name in own})
+    lm = DiffusionLM(bare, tokenizer, EvalSettings(replace(SAMPLER, cache="dual"), batch_size=2))
+    with pytest.raises(ValueError, match=r"^This model keeps no keys and values: set cache=none\.$"):
+        lm.generate_until(requests(2))
+    assert lm.counters.forwards == 0
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_forwards_are_counted_when_most_are_replays(model, tokenizer, cache: str, monkeypatch) -> None:
+    """A replay runs no module, so nothing that hangs on one may count; here it gives stale hidden states."""
+    replayed: list[int] = []
+
+    def capture(function):
+        return function(), lambda: replayed.append(1)
+
+    monkeypatch.setattr("dllmq.evaluation.harness.graphed", lambda model: GraphedModel(model, capture))
+    sampler, counter = replace(SAMPLER, cache=cache), ForwardCounter()
+    lm = DiffusionLM(model, tokenizer, EvalSettings(sampler, batch_size=2, eos_cut="none"))
+    with counter.watching(model):
+        lm.generate_until(requests(2))
+    assert counter.count == lm.counters.forwards == SAMPLER.steps and len(replayed) > 8
 
 
 OPTIONS = [

@@ -107,7 +107,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def cases() -> dict[str, Callable[[], Any]]:
     """Name -> a call that launches what is to be compiled."""
-    from dllmq.kernels import triton_confidence, triton_gptq, triton_linear
+    from dllmq.kernels import triton_confidence, triton_gptq, triton_inputs, triton_linear
 
     def linear(
         weight: Grid, inputs: Grid | None, T: int, O: int = 4096, I: int = 4096, tile: int = 0
@@ -130,7 +130,13 @@ def cases() -> dict[str, Callable[[], Any]]:
         columns = empty(B, 4096, dtype=torch.float32)
         triton_gptq.solve_block(columns, empty(B, B, dtype=torch.float32), columns, columns, 0, 15, False)
 
+    def normed(inputs: Grid, I: int) -> None:
+        layout = triton_inputs.Layout(I, planes=inputs.bits == 8)
+        triton_inputs.quantize_inputs(empty(256, I), inputs, layout, triton_inputs.Norm(empty(I), 1e-5))
+
     others: dict[str, Callable[[], Any]] = {
+        "norm a8": lambda: normed(Grid(8), 4096),
+        "norm a4": lambda: normed(Grid(4), 3584),  # Dream's width, no power of 2
         "gptq 128": lambda: gptq(128),
         "gptq 32": lambda: gptq(32),
         "confidence bf16": lambda: triton_confidence.argmax_confidence(empty(32, 126464)),

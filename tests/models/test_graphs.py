@@ -36,6 +36,17 @@ class FakeCapture:
         return output, replay
 
 
+class SilentCapture(FakeCapture):
+    """Replays as a graph does: without running the module. What it hands out is that of the recording."""
+
+    def __call__(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        output, _ = super().__call__(function)
+        return output, self.replay
+
+    def replay(self) -> None:
+        self.replayed += 1
+
+
 def llada() -> LLaDA:
     config = LLaDAConfig(d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=48, vocab_size=40,
                          mask_token_id=39, eos_token_id=38)  # fmt: skip
@@ -152,6 +163,88 @@ def test_generation_is_that_of_the_model(cfg_scale: float) -> None:
     assert torch.equal(got, expected) and capture.replayed == 15
 
 
+@pytest.mark.parametrize("make", [llada, dream])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("rows", [4, 5])
+def test_cached_forwards_give_the_models_own_hidden_states(make: Callable, padded: bool, rows: int) -> None:
+    """One recording serves every block, another one the canvas that fills the cache, of any tokens."""
+    model, capture = make(), FakeCapture()
+    wrapped, mask = GraphedModel(model, capture), left_padding(rows) if padded else None
+    for seed in range(3):
+        x = ids(rows, seed=seed)
+        (h, cache), (own_h, own) = wrapped.start_cache(x, mask), model.start_cache(x, mask)
+        torch.testing.assert_close(h, own_h)
+        for start in (0, 6, 3):
+            part = ids(rows, 3, seed + start)
+            expected = model.use_cache(part, start, own)
+            torch.testing.assert_close(wrapped.use_cache(part, start, cache), expected)
+        stay = torch.arange(rows) != 1  # rounded up: 4 -> 3, or 6 -> 4
+        few, own_few = cache.take(stay), own.take(stay)
+        expected = model.use_cache(part[stay], 4, own_few)
+        torch.testing.assert_close(wrapped.use_cache(part[stay], 4, few), expected)
+        assert cache.cache.is_empty
+    assert capture.recorded == 3  # blocks of all rows and of fewer, and the canvas when it came again
+
+
+def test_caches_that_take_turns_keep_their_keys_and_values() -> None:
+    """The one that was in a recording's memory gets its own when another is used, or filled."""
+    model = llada()
+    wrapped = GraphedModel(model, FakeCapture())
+    ours, theirs = ([m.start_cache(ids(2, seed=i))[1] for i in range(2)] for m in (wrapped, model))
+    for i in (0, 0, 1, 0, 1, 2, 0, 2, 3, 1):
+        if i == len(ours):
+            ours.append(wrapped.start_cache(ids(2, seed=i))[1])
+            theirs.append(model.start_cache(ids(2, seed=i))[1])
+        x = ids(2, 4, seed=7 + i)
+        assert torch.equal(wrapped.use_cache(x, i, ours[i]), model.use_cache(x, i, theirs[i]))
+
+
+def cached(make: Callable, cache: str) -> SamplerConfig:
+    """Three blocks; Dream has no cache without a threshold."""
+    if make is llada:
+        return SamplerConfig(12, 12, 4, cache=cache)
+    return SamplerConfig(12, 12, 4, cache=cache, remasking="maskgit_plus", threshold=1.01)
+
+
+@pytest.mark.parametrize("make", [llada, dream])
+@pytest.mark.parametrize(("cache", "recorded"), [("dual", 2), ("prefix", 4)])
+def test_cached_generation_is_that_of_the_model(make: Callable, cache: str, recorded: int) -> None:
+    """The canvas is recorded in the last block; the prefix cache's slices have a length in each block."""
+    model, capture, config = make(), FakeCapture(), cached(make, cache)
+    expected = generate(model, ids(3), config, left_padding(3))
+    found = generate(GraphedModel(model, capture), ids(3), config, left_padding(3))
+    assert torch.equal(found.tokens, expected.tokens) and found.forwards == expected.forwards == 12
+    assert capture.recorded == recorded
+
+
+def test_long_cached_forwards_are_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The canvas with the rows it has, its slices with those that shorter slices are recorded with."""
+    monkeypatch.setattr(graphs, "MAX_TOKENS", 30)
+    model, capture = llada(), FakeCapture()
+    wrapped, x = GraphedModel(model, capture), ids(5)
+    (h, cache), (own_h, own) = wrapped.start_cache(x), model.start_cache(x)
+    assert torch.equal(h, own_h)
+    for n in (6, 6, 6, 5, 5, 5):
+        found, expected = (m.use_cache(x[:, 2 : 2 + n], 2, c) for m, c in ((wrapped, cache), (model, own)))
+        torch.testing.assert_close(found, expected)
+    assert capture.recorded == 1
+
+
+def test_a_forward_counts_once_however_it_is_run() -> None:
+    """A replay calls no module; a recording calls it, but is no forward."""
+    model, capture = llada(), SilentCapture()
+    wrapped = GraphedModel(model, capture)
+    for _ in range(5):
+        wrapped.hidden_states(ids(2))
+    assert (model.forwards, capture.recorded, capture.replayed) == (5, 1, 4)
+    for n in range(1, 4):
+        _, cache = wrapped.start_cache(ids(2))
+        for _ in range(3):
+            wrapped.use_cache(ids(2, 4), 2, cache)
+        assert model.forwards == 5 + 4 * n
+    assert capture.recorded == 3
+
+
 def test_models_on_the_cpu_are_not_wrapped() -> None:
     model = llada()
     assert graphed(model) is model
@@ -180,3 +273,14 @@ def test_generation_with_cuda_graphs_is_that_of_the_model() -> None:
     wrapped = graphed(model)
     assert torch.equal(generate(wrapped, ids(4).cuda(), config, left_padding(4).cuda()).tokens, expected)
     assert wrapped._recorded and not wrapped._failed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("make", [llada, dream])
+def test_cached_generation_with_cuda_graphs_is_that_of_the_model(make: Callable, cache: str) -> None:
+    model, config = make().cuda(), cached(make, cache)
+    expected = generate(model, ids(3).cuda(), config, left_padding(3).cuda()).tokens
+    wrapped = graphed(model)
+    assert torch.equal(generate(wrapped, ids(3).cuda(), config, left_padding(3).cuda()).tokens, expected)
+    assert len(wrapped._recorded) >= 2 and not wrapped._failed

@@ -406,6 +406,19 @@ def test_nothing_is_held_after_the_last_reader(packed: bool) -> None:
     assert watched() is None and inputs._value is None
 
 
+def test_nothing_outlives_the_input_where_a_reader_reads_a_window(quantizations: list[Tensor]) -> None:
+    """As in the last block: the queries of some columns, keys and values of all."""
+    inputs, (q, k, v) = group_of_three()
+    x = torch.randn(4, I)
+    for linear, tokens in ((q, x[1:3]), (k, x), (v, x)):
+        linear(tokens)
+    watched = weakref.ref(x)
+    assert len(quantizations) == 2 and inputs._value is not None  # a third reader of x would be served
+    quantizations.clear()
+    del x, tokens
+    assert watched() is None and inputs._value is None
+
+
 def test_a_full_precision_input_is_passed_on() -> None:
     x = torch.randn(4, I)
     assert InputQuantizer(None, readers=3).fake(x) is x
