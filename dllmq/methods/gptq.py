@@ -29,9 +29,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -101,7 +102,7 @@ def gptq_solve(
         )
     H, dead = fill_dead_channels(H)
     Wt = W.detach().float().T.clone(memory_format=torch.contiguous_format)  # [I, O]
-    Wt.masked_fill_(dead[:, None], 0.0)
+    Wt[dead] = 0.0
     dynamic = grid.group_size > 0 and not static_groups
     params = None if dynamic else fit(Wt.T, grid)
     order = torch.arange(I, device=W.device)
@@ -171,6 +172,31 @@ def of_columns(t: Float[Tensor, "#O G"], group_of: Int[Tensor, " B"], O: int) ->
     return t.T.expand(len(group_of), O) if t.shape[1] == 1 else t.T[group_of]
 
 
+class Room(NamedTuple):
+    """Where blocks of B columns are solved, one block after the other. Its rows are views made once: of rows
+    this short, a view costs as much as the arithmetic.
+
+    Attributes:
+        rounder: c in round(x) = x + c - c, to the nearest even: c + x has no bits behind the point. True for
+            |x| < c / 3, far beyond any code. torch.round would wake all threads for each column.
+        rows: of each column i: w_i, then e_i; E[:i]^T; U_ki of all k < i; U_ii; q_i.
+    """
+
+    E: Float[Tensor, "B O"]
+    q: Float[Tensor, "B O"]
+    Ut: Float[Tensor, "B B"]
+    rounder: Float[Tensor, ""]
+    rows: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+
+
+def make_room(B: int, O: int, dtype: torch.dtype, device: torch.device) -> Room:
+    """Of a block [B, O]; uninitialized."""
+    E, q = torch.empty(2, B, O, dtype=dtype, device=device)
+    Ut = torch.empty(B, B, dtype=dtype, device=device)
+    rounder = torch.tensor(1.5 / torch.finfo(dtype).eps, dtype=dtype, device=device)
+    return Room(E, q, Ut, rounder, [(E[i], E[:i].T, Ut[i, :i], Ut[i, i], q[i]) for i in range(B)])
+
+
 def solve_block(
     Wt: Float[Tensor, "B O"],
     U: Float[Tensor, "B B"],
@@ -179,30 +205,37 @@ def solve_block(
     low: int,
     high: int,
     symmetric: bool,
+    room: Callable[..., Room] = make_room,
 ) -> tuple[Integer[Tensor, "B O"], Float[Tensor, "B O"]]:
     """Algorithm 1's inner loop: column i is compensated for the errors of the block's columns before it,
-    w_i - sum_k<i e_k U_ki, and rounded. Wt becomes the compensated columns.
+    w_i - sum_k<i e_k U_ki, and rounded.
 
     Args:
         low, high: smallest and largest code.
         symmetric: signed codes (int8), all zeros 0; otherwise uint8.
+        room: may give the same one for every block; the errors lie in it until the next block.
 
     Returns:
         Codes q and errors e.
     """
-    E, q = torch.empty_like(Wt), torch.empty_like(Wt)  # q without its zero
-    lows, highs = low - zero, high - zero
-    for i, (w, u, s, code) in enumerate(zip(Wt, U.T, scale, q, strict=True)):
-        w.addmv_(E[:i].T, u[:i], alpha=-1)
-        torch.div(w, s, out=code).round_().clamp_(lows[i], highs[i])
-        torch.addcmul(w, code, s, value=-1, out=E[i]).div_(u[i])
+    E, q, Ut, c, rows = room(*Wt.shape, Wt.dtype, Wt.device)
+    E.copy_(Wt)
+    Ut.copy_(U.T)
+    lows, highs = low - zero, high - zero  # of q without its zero
+    columns = zip(rows, scale.unbind(), lows.unbind(), highs.unbind(), strict=True)
+    for (w, errors, u, u_ii, code), s, least, most in columns:
+        w.addmv_(errors, u, alpha=-1)
+        torch.addcdiv(c, w, s, out=code).sub_(c).clamp_(least, most)
+        torch.addcmul(w, code, s, value=-1, out=w).div_(u_ii)
     return q.add_(zero).to(torch.int8 if symmetric else torch.uint8), E
 
 
 def block_solver(device: torch.device, block_size: int) -> tuple[BlockSolver, int]:
     """How a block is solved on a device, and its width: fused in one kernel on a GPU, else `solve_block`."""
     fused = fused_solve_block() if device.type == "cuda" else None
-    return (solve_block, min(block_size, LEAF)) if fused is None else (fused, min(block_size, FUSED))
+    if fused is not None:
+        return fused, min(block_size, FUSED)
+    return partial(solve_block, room=cache(make_room)), min(block_size, LEAF)
 
 
 @cache

@@ -31,9 +31,15 @@ def product(A: Float[Tensor, "M K"], B: Float[Tensor, "K N"]) -> Float[Tensor, "
     plain = A.device.type == "cpu" and A.dtype == B.dtype == torch.float32
     if not (HAS_ONEDNN and plain and min(*A.shape, B.shape[1]) >= SMALLEST):
         return A @ B
-    dense = B if B.is_contiguous() or B.T.is_contiguous() else B.contiguous()
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(A.contiguous(), dense.T, None, "none", [], "")
+    B = B if B.T.is_contiguous() else B.contiguous()
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(dense(A), B.T, None, "none", [], "")
     return result
+
+
+def dense(A: Float[Tensor, "M N"]) -> Float[Tensor, "M N"]:
+    """A.contiguous(). What lies transposed in a larger matrix is copied as it lies and then turned: torch is
+    fast at turning whole matrices only."""
+    return A.T.contiguous().T.contiguous() if A.stride(0) == 1 else A.contiguous()
 
 
 def all_finite(x: Tensor) -> bool:
@@ -69,7 +75,7 @@ def mirror(C: Float[Tensor, "M M"]) -> None:
         return
     half = M // 2
     mirror(C[:half, :half])
-    C[:half, half:] = C[half:, :half].contiguous().T
+    C[:half, half:] = dense(C[half:, :half].T)
     mirror(C[half:, half:])
 
 
@@ -133,31 +139,32 @@ def weighted_gram(X: Float[Tensor, "N I"], c: Float[Tensor, " N"] | None = None)
 
 
 def fill_dead_channels(H: Float[Tensor, "I I"]) -> tuple[Float[Tensor, "I I"], Bool[Tensor, " I"]]:
-    """A copy of H with H_ii = mean of the live H_jj at dead channels i (H_ii = 0: x_i is always 0).
+    """H with H_ii = mean of the live H_jj at dead channels i (H_ii = 0: x_i is always 0).
 
     The authors' code sets 1, an absolute number: with the mean, a positive constant times H changes nothing.
 
     Returns:
-        The filled copy in fp32, and which channels are dead.
+        H filled, in fp32 (a copy; H itself where nothing is dead), and which channels are dead.
 
     Raises:
         ValueError: H has NaN or Inf.
         SingularHessianError: every channel is dead.
     """
-    H = H.float().clone()
+    H = H.float()
     if not all_finite(H):
         raise ValueError(
             "the Hessian holds NaN or Inf, but it must be finite: the activations overflowed during "
             "calibration; calibrate in float32 or bfloat16."
         )
-    diagonal = H.diagonal()
-    dead = diagonal == 0
+    dead = H.diagonal() == 0
     if bool(dead.all()):
         raise SingularHessianError(
             "no calibration token reached this layer (every input is zero or has weight zero): "
             "check the calibration states and their token weights."
         )
-    diagonal[dead] = diagonal[~dead].mean()
+    if bool(dead.any()):
+        H = H.clone()
+        H.diagonal()[dead] = H.diagonal()[~dead].mean()
     return H, dead
 
 

@@ -219,13 +219,34 @@ def test_block_solver_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(solver, "fused_solve_block", lambda: fused)
-    assert solver.block_solver(cpu, 128) == (solve_block, 8) and solver.block_solver(cpu, 5) == (
-        solve_block,
-        5,
-    )
+    assert [solver.block_solver(cpu, size)[1] for size in (128, 5)] == [8, 5]
     assert solver.block_solver(cuda, 256) == (fused, 128) and solver.block_solver(cuda, 32) == (fused, 32)
     monkeypatch.setattr(solver, "fused_solve_block", lambda: None)
-    assert solver.block_solver(cuda, 128) == (solve_block, 8)
+    assert solver.block_solver(cuda, 128)[1] == 8
+
+
+def test_a_room_remembers_nothing() -> None:
+    """Blocks solved in one room, one after the other, come out as each does in a room of its own."""
+    rng = torch.Generator().manual_seed(12)
+    shared, _ = solver.block_solver(torch.device("cpu"), 128)
+    for width in (8, 8, 3, 8):
+        Wt, zero = torch.randn(width, 33, generator=rng), torch.randint(0, 8, (width, 33), generator=rng)
+        U = torch.rand(width, width, generator=rng).triu() + torch.eye(width)
+        given = (Wt, U, torch.rand(width, 33, generator=rng) + 0.1, zero.float(), 0, 7, False)
+        for found, alone in zip(shared(*given), solve_block(*given), strict=True):
+            assert torch.equal(found, alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounds_to_the_nearest_even_and_clamps(dtype: torch.dtype) -> None:
+    """+ 1.5 / eps - 1.5 / eps is torch.round wherever a code can lie; beyond, the range's end counts."""
+    halves = torch.arange(-300, 301, dtype=dtype) / 2
+    near = torch.cat([torch.nextafter(halves, halves + way) for way in (-1, 0, 1)])
+    far = torch.tensor([1e4, 2.0**22, 2.0**24 + 2, 1e17, 1e30, float("inf")], dtype=dtype)
+    w = torch.cat([near, far, -far])
+    one, zero = torch.ones(1, len(w), dtype=dtype), torch.full((1, len(w)), 100.0, dtype=dtype)
+    codes, _ = solve_block(w[None], torch.ones(1, 1, dtype=dtype), one, zero, 0, 255, False)
+    assert torch.equal(codes[0].to(dtype), (w.round() + 100).clamp(0, 255))
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
