@@ -32,6 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dllmq.durable import replace, sync_file
 from dllmq.locks import locked
 
 log = logging.getLogger(__name__)
@@ -171,25 +172,29 @@ class _Entry:
 
     def write(self, value: T, save: Callable[[T, Path], None]) -> None:
         """Stores both files, the description last; the caller holds the lock, so leftovers are nobody's."""
-        for leftover in self.payload.parent.glob(f".{self.key}.*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._remove_leftovers()
         with TemporaryDirectory(
             prefix=f".{self.key}.", suffix=".tmp", dir=self.payload.parent, ignore_cleanup_errors=True
         ) as temporary:
             payload, description = Path(temporary) / "payload", Path(temporary) / "description"
             save(value, payload)
-            _sync(payload)
+            sync_file(payload)
             description.write_text(self.describe(payload), encoding="utf-8", newline="\n")
-            _sync(description)
+            sync_file(description)
             shutil.copymode(description, payload)  # safetensors' are the owner's only, whatever the umask
-            os.replace(payload, self.payload)
-            os.replace(description, self.description)
+            os.replace(payload, self.payload)  # without its description it is no entry
+            replace(description, self.description)
         self.clean()
 
     def clean(self) -> None:
         """Removes what was kept for an entry that is there by now; a kill may have come in between."""
         if self.unfinished.is_dir():
             shutil.rmtree(self.unfinished, ignore_errors=True)
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        for leftover in self.payload.parent.glob(f".{self.key}.*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def remove(self) -> None:
         """Description first: a payload without one is no entry."""
@@ -207,11 +212,6 @@ def _sha256(path: Path) -> str:
     """sha256 (hex) of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _told(error: Exception) -> str:

@@ -24,7 +24,9 @@ from dllmq.cache import Cache
 from dllmq.calibration.hidden import Spill
 from dllmq.calibration.states import Trajectory
 from dllmq.checkpoint import save_quantized
+from dllmq.checkpoint.writer import remove_leftovers
 from dllmq.config import Plan, RunConfig, build, fingerprint_of, fingerprint_parts
+from dllmq.durable import clean, sync_folder
 from dllmq.evaluation import sandbox
 from dllmq.evaluation.answers import AnswerFolder
 from dllmq.evaluation.divergence import measure_divergence
@@ -97,6 +99,8 @@ class Cell:
             Interrupted: after a signal, when the unit at hand is finished and kept.
         """
         interrupt.check()
+        for folder in (self.sweep, self.folder):
+            clean(folder)
         try:
             with locked(self.folder / ".lock", f"{self.name}: another process runs it; waiting") as problem:
                 return self._finished() or self._run(problem)
@@ -119,6 +123,7 @@ class Cell:
         try:
             record = self._compute()
             write_json_atomic(self.folder / RESULTS, record)
+            sync_folder(self.sweep)  # the cell's own entry
         except BaseException as error:
             if isinstance(error, Exception):
                 self._set_aside(RESULTS)
@@ -133,9 +138,7 @@ class Cell:
 
     def _clean(self) -> None:
         """What another configuration or code has left is not taken for this one's, nor what a kill has."""
-        for name in ("results.json", "status.json", "samples_*"):
-            for leftover in self.folder.glob(f".{name}.*.tmp"):
-                leftover.unlink(missing_ok=True)
+        remove_leftovers(self.folder / MODEL)
         if (self.folder / RESULTS).exists() and self._key_of(self.folder / RESULTS) != self.key:
             self._set_aside(RESULTS)
         made = self.folder / MODEL / RECORD

@@ -11,7 +11,10 @@ import torch
 from safetensors import SafetensorError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EIO}
+_CLOSED = {
+    errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EIO,
+    errno.ESTALE,
+}  # fmt: skip
 _MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
 _LESS = {
     "load": "use memory=stream, or model.dtype=bfloat16",
@@ -37,7 +40,11 @@ def in_words(error: Exception, folder: Path, stage: str = "") -> str | None:
             "what was finished is kept."
         )
     if code in _CLOSED and _concerns(error, folder):
-        return _closed(folder, error)
+        return (
+            f"{folder} cannot be written any more ({error}): mend that, and the same command continues; what "
+            "was finished is kept. Or give another folder with hydra.sweep.dir=<folder> (of a single run: "
+            "hydra.run.dir=<folder>)."
+        )
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says_memory(error):
         way_out = _LESS.get(stage, "lower eval.batch_size and calibration.batch_size, or use memory=stream")
         return (

@@ -8,6 +8,8 @@ import shlex
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,13 @@ from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
 from dllmq import interrupt
-from dllmq.config import Plan, cell_name, check_cell, check_choices, load, sweep_folder
+from dllmq.config import Plan, cell_name, check_cell, check_choices, load, refused, sweep_folder
 from dllmq.diffusion import SamplerConfig
 from dllmq.estimate import estimate, told
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.task_settings import DEFAULT
-from dllmq.faults import check_writable
-from dllmq.report.callback import complain, finish_sweep, launcher_of
+from dllmq.faults import check_writable, in_words
+from dllmq.report.callback import HYDRAS, complain, finish_sweep, launcher_of
 from dllmq.workers import enter, pin_gpu, pin_rank
 
 console = Console()
@@ -200,18 +202,28 @@ def _whole_path(override: str) -> str:
     return f"{key}='{os.path.abspath(value.strip(chr(39)))}'"
 
 
-def check_folder(argv: list[str]) -> None:
-    """Ends the program where the run's folder cannot be written; Hydra would, with a traceback.
+def folder_of(argv: list[str]) -> Path | None:
+    """The run's or sweep's folder, None where only Hydra can tell it.
 
     Args:
         argv: as `arguments` made them.
     """
     keys = ("hydra.sweep.dir=", "hydra.run.dir=")
     named = [a.partition("=")[2].strip("'") for a in argv if a.startswith(keys)]
-    if not named or "${" in named[-1] or "dry_run=true" in map(str.lower, argv):
+    return None if not named or "${" in named[-1] else Path(named[-1])
+
+
+def check_folder(argv: list[str]) -> None:
+    """Ends the program where the run's folder cannot be written.
+
+    Args:
+        argv: as `arguments` made them.
+    """
+    folder = folder_of(argv)
+    if folder is None or "dry_run=true" in map(str.lower, argv):
         return
     try:
-        check_writable(Path(named[-1]))
+        check_writable(folder)
     except ValueError as error:
         complain(str(error))
         sys.exit(1)
@@ -240,6 +252,7 @@ def start_logging(prefix: str = "") -> None:
     logging.basicConfig(level=logging.INFO, format=text, datefmt="%H:%M:%S", handlers=[handler], force=True)
     for noisy in ("httpx", "urllib3", "datasets", "transformers", "matplotlib", "wandb", "hydra_plugins"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # tells in lines what `build` tells in one
     warnings.filterwarnings("ignore", module="hydra")
 
 
@@ -262,24 +275,48 @@ def main() -> None:
                 sys.exit(interrupt.exit_code(stop))
             return
     sys.argv = [sys.argv[0], *arguments(sys.argv[1:])]
-    own = os.environ.get("HYDRA_FULL_ERROR")
     try:
         check_folder(sys.argv[1:])
-        hydra.main(version_base="1.3", config_path="pkg://dllmq.conf", config_name="config")(guarded)()
+        with hydra_raises() as asked:
+            hydra.main(version_base="1.3", config_path="pkg://dllmq.conf", config_name="config")(guarded)()
     except KeyboardInterrupt as stop:  # while a launcher waits for its workers
         complain(interrupt.farewell(stop, _given))
         sys.exit(interrupt.exit_code(stop))
-    except Exception as error:  # only of a launcher: see SweepCallback
-        if own:
+    except Exception as error:  # around the cells: a command line, a preset, a disk, a launcher
+        if asked:
             raise
-        complain(
-            f"the launcher stopped ({type(error).__name__}: {last_line(error)}); finished cells are kept and "
-            "the same command continues"
-        )
+        complain(ended_by(error, sys.argv[1:]))
         sys.exit(1)
     finally:
         if _team is not None:
             _team.end()
+
+
+@contextmanager
+def hydra_raises() -> Iterator[bool]:
+    """Makes Hydra raise its errors, which it would print in paragraphs; yields whether a user asks for it."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield before is not None
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def ended_by(error: Exception, argv: list[str]) -> str:
+    """What stopped the command outside of its cells, in one sentence."""
+    if sentence := in_words(error, folder_of(argv) or Path("outputs")):
+        return sentence
+    if isinstance(error, HYDRAS):
+        return refused(error, [a for a in argv if not a.startswith("-")])
+    who = "the launcher" if any(a.startswith("hydra/launcher=") for a in argv) else "the command"
+    return (
+        f"{who} stopped ({type(error).__name__}: {last_line(error)}); finished cells are kept and the same "
+        "command continues (HYDRA_FULL_ERROR=1 shows where it stopped)"
+    )
 
 
 def join_team(argv: list[str]) -> Any:
@@ -287,13 +324,13 @@ def join_team(argv: list[str]) -> Any:
     if any(a.startswith("hydra/launcher=") for a in argv):
         complain("torchrun and hydra/launcher do not go together: use one of them.")
         sys.exit(1)
-    if not any(a.startswith(("device=cpu", "device=cuda:")) for a in argv):
-        import torch
+    import torch
 
-        pin_rank(torch.cuda.device_count())
     from dllmq.team import team_of_torchrun
 
     try:
+        if not any(a.startswith(("device=cpu", "device=cuda:")) for a in argv):
+            pin_rank(torch.cuda.device_count())
         team = team_of_torchrun()
     except ValueError as error:
         complain(str(error))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,7 +30,7 @@ import torch
 
 from dllmq import interrupt
 from dllmq.cache import Cache
-from dllmq.config import Plan, compose_plan, identity
+from dllmq.config import Plan, batch_identity, compose_plan, identity
 from dllmq.evaluation.answers import AnswerFolder
 from dllmq.evaluation.shares import Answered, SharedAnswers, only_answers
 from dllmq.evaluation.tasks import score_task
@@ -38,6 +39,7 @@ from dllmq.models.block_store import BlockStore
 from dllmq.models.loading import checkpoint_folder, load_model
 from dllmq.models.tokenizer import load_tokenizer
 from dllmq.pipeline import quantize_blocks, set_backend
+from dllmq.workers import number_of
 
 log = logging.getLogger(__name__)
 _PAUSE = 0.1  # seconds between two looks at the store
@@ -54,6 +56,7 @@ class Job:
         answers, answers_key: folder and key of the logs; work_dir: of the generated problems.
         backend, stream, compact, threads: as rank 0 has settled them (backend: "packed:onednn").
         like: what a helper must be equal in: weights, code, arithmetic.
+        run: a word of this announcement alone, for what the logs say beside answers.
     """
 
     overrides: list[str]
@@ -69,6 +72,7 @@ class Job:
     compact: bool
     threads: int
     like: dict[str, Any]
+    run: str = field(default_factory=lambda: secrets.token_hex(4))
 
 
 @dataclass
@@ -95,9 +99,10 @@ class Team:
             yield answers
             return
         number, self._jobs = self._jobs, self._jobs + 1
-        self._set(f"job/{number}", asdict(job()))
+        told = job()
+        self._set(f"job/{number}", asdict(told))
         yield SharedAnswers(
-            answers.folder, answers.key, 0, self.size, lambda rank: self._working(number, rank)
+            answers.folder, answers.key, 0, self.size, lambda rank: self._working(number, rank), told.run
         )
         for rank in range(1, self.size):
             while self._working(number, rank):  # it writes into the folder
@@ -155,7 +160,7 @@ def team_of_torchrun() -> Team:
     """This process's team, from the variables that torchrun sets.
 
     Raises:
-        ValueError: some are set and others are not.
+        ValueError: some are set and others are not, or a number is none.
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     values = [os.environ.get(name) for name in names]
@@ -169,7 +174,17 @@ def team_of_torchrun() -> Team:
         )
     from torch.distributed import PrefixStore, TCPStore
 
-    rank, size, address, port = int(values[0] or 0), int(values[1] or 1), str(values[2]), int(values[3] or 0)
+    rank, size, address, port = (
+        number_of("RANK"),
+        number_of("WORLD_SIZE"),
+        str(values[2]),
+        number_of("MASTER_PORT"),
+    )
+    if not 0 <= rank < size:
+        raise ValueError(
+            f"RANK={rank} is none of the {size} processes of WORLD_SIZE: start them with torchrun "
+            "--nproc-per-node=<n> -m dllmq.run, or unset both."
+        )
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(address, port, size, rank == 0 and not hosted, timedelta(minutes=5), False)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -178,7 +193,8 @@ def team_of_torchrun() -> Team:
 
 def own_arithmetic(plan: Plan) -> dict[str, Any]:
     """What decides an answer's last bit beside the config: equal among the processes of a team."""
-    return identity(plan.config, plan.device) | {"machine": describe_device(plan.device)}
+    own = identity(plan.config, plan.device) | batch_identity(plan.config, plan.device)
+    return own | {"machine": describe_device(plan.device)}
 
 
 def help_with(job: Job, rank: int, size: int) -> int:
@@ -201,7 +217,7 @@ def help_with(job: Job, rank: int, size: int) -> int:
         found = set_backend(model, job.backend.partition(":")[0])
         if found.partition(":")[0] != job.backend.partition(":")[0]:
             raise ValueError(f"its backend would be {found}, that of process 0 is {job.backend}")
-    answers = SharedAnswers(Path(job.answers), job.answers_key, rank, size)
+    answers = SharedAnswers(Path(job.answers), job.answers_key, rank, size, run=job.run)
     from dllmq.evaluation.harness import DiffusionLM
 
     if job.exact:
@@ -212,6 +228,7 @@ def help_with(job: Job, rank: int, size: int) -> int:
         lm = only_answers(DiffusionLM(model, tokenizer, settings, None, own))
         with suppress(Answered):
             score_task(lm, name, config.eval.limit, Path(job.work_dir), settings, config.data_dir)
+        own.ended()
         batches += own.answered
     return batches
 

@@ -55,9 +55,28 @@ def pin_gpu(count: int, locks: Path | None = None) -> str | None:
 
 
 def pin_rank(count: int) -> None:
-    """Takes the GPU of this process's number on this machine, as torchrun gives it."""
+    """Takes the GPU of this process's number on this machine, as torchrun gives it.
+
+    Raises:
+        ValueError: it gives none.
+    """
     if count > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus(count)[int(os.environ["LOCAL_RANK"]) % count]
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus(count)[number_of("LOCAL_RANK") % count]
+
+
+def number_of(name: str) -> int:
+    """A variable that torchrun sets.
+
+    Raises:
+        ValueError: it is not there, or no whole number.
+    """
+    value = os.environ.get(name, "")
+    if not value.strip().isdecimal():
+        raise ValueError(
+            f"{name}={value!r} is no whole number: start several processes with torchrun "
+            "--nproc-per-node=<n> -m dllmq.run, which sets it, or unset WORLD_SIZE."
+        )
+    return int(value)
 
 
 def visible_gpus(count: int) -> list[str]:

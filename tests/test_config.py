@@ -9,7 +9,6 @@ import pytest
 import torch
 from composed import composed
 from hydra import compose, initialize_config_module
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from dllmq.calibration.states import CleanText
@@ -31,7 +30,6 @@ from dllmq.config import (
 from dllmq.methods import AWQ, FP, GPTQ
 from dllmq.numerics import Grid
 from dllmq.recipe import uniform_weight
-from dllmq.report.callback import sentence
 from dllmq.techniques.cgq import CGQ
 from dllmq.techniques.iaaq import IAAQ, EqualWeightSearch
 from dllmq.techniques.tmas import TMAS
@@ -181,22 +179,6 @@ def test_wrong_input_is_one_sentence(overrides: list[str], said: list[str]) -> N
     text = str(caught.value)
     assert "\n" not in text and text.rstrip()[-1] in ".?", text
     assert [part for part in said if part not in text] == [], text
-
-
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        ("tmass=true", "'tmass'"),
-        ("eval.limits=3", "eval.limits"),
-        ("method=gptqq", "Available options in 'method': awq fp gptq rtn"),
-        ("model=llada", "Available options in 'model'"),
-    ],
-)
-def test_what_hydra_refuses_is_one_line(override: str, said: str) -> None:
-    with pytest.raises(HydraException) as caught:
-        composed(override)
-    text = sentence(caught.value)
-    assert said in text and "\n" not in text and "search path" not in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the sentence is about a machine without CUDA")
@@ -518,13 +500,27 @@ def test_the_fingerprint_knows_resolved_values(default: str) -> None:
 def test_the_fingerprint_knows_what_settles_automatic_batches(
     monkeypatch: pytest.MonkeyPatch, default: str
 ) -> None:
-    """All of the device's memory, not what is free; nothing of it where the size is a number."""
+    """The device's whole GiB, not the bytes that a kernel's update takes; nothing where the size is given."""
     seen = {default}
-    for gigabytes in (16, 32):
-        monkeypatch.setattr("dllmq.models.memory.total_memory", lambda device, n=gigabytes: n * 2**30)
+    for gigabytes in (16, 16.01, 16.9, 32):
+        monkeypatch.setattr("dllmq.models.memory.total_memory", lambda device, n=gigabytes: int(n * 2**30))
         seen |= {fingerprint(config("eval.batch_size=auto"), "cpu")}
         assert fingerprint(config(), "cpu") == default
     assert len(seen) == 3
+
+
+def test_the_fingerprint_knows_whose_kernels_compute_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, default: str
+) -> None:
+    """The GPU's name and Triton's version; of a CPU run neither."""
+    seen = {default}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, triton in (("A", "3.1"), ("B", "3.1"), ("A", "3.2")):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        monkeypatch.setattr("dllmq.config.fingerprints.metadata.version", lambda package, v=triton: v)
+        seen |= {fingerprint(config(), "cuda")}
+    monkeypatch.undo()
+    assert len(seen) == 4 and fingerprint(config(), "cpu") == default
 
 
 def test_the_fingerprint_reads_threads_from_torch(monkeypatch: pytest.MonkeyPatch, default: str) -> None:

@@ -16,6 +16,8 @@ LAYERS = [
     "interrupt",
     "workers",
     "faults",
+    "refusals",
+    "durable",
     "locks",
     "cache",
     "numerics",

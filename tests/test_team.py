@@ -66,6 +66,41 @@ def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         team_of_torchrun()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("RANK", "one", "RANK='one' is no whole number"),
+        ("WORLD_SIZE", "2x", "WORLD_SIZE='2x' is no whole number"),
+        ("WORLD_SIZE", "", "WORLD_SIZE='' is no whole number"),
+        ("MASTER_PORT", "-5", "MASTER_PORT='-5' is no whole number"),
+        ("RANK", "2", "RANK=2 is none of the 2 processes of WORLD_SIZE"),
+        ("LOCAL_RANK", "a", "LOCAL_RANK='a' is no whole number"),
+    ],
+)
+def test_variables_that_are_no_numbers_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str, said: str
+) -> None:
+    for variable, own in zip(VARIABLES, ("1", "2", "localhost", "29500", "1"), strict=True):
+        monkeypatch.setenv(variable, own)
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2 if name == "LOCAL_RANK" else 0)
+    with pytest.raises(SystemExit) as ended:
+        join_team([])
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and told.startswith(said) and len(told.splitlines()) == 1
+
+
+def test_an_automatic_batch_size_is_part_of_the_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of machines with other memories one would cut other batches."""
+    plans = {size: check_cell(composed(*OVERRIDES, f"eval.batch_size={size}")) for size in ("1", "auto")}
+    found = {}
+    for gigabytes in (8, 8.3, 16):
+        monkeypatch.setattr("dllmq.models.memory.total_memory", lambda device, n=gigabytes: int(n * 2**30))
+        found[gigabytes] = {size: own_arithmetic(plan) for size, plan in plans.items()}
+    assert found[8]["auto"] == found[8.3]["auto"] != found[16]["auto"]
+    assert found[8]["1"] == found[16]["1"] and "memory" not in found[8]["1"]
+
+
 def test_torchrun_and_a_launcher_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         join_team(["-m", "hydra/launcher=dllmq_joblib"])
@@ -76,7 +111,7 @@ def test_a_helper_answers_its_share(tmp_path: Path) -> None:
     """The second of two problems, in batches of one."""
     assert help_with(job(tmp_path), rank=1, size=2) == 1
     lines = (tmp_path / "answers" / "mini_gsm.1.jsonl").read_text().splitlines()
-    assert len(lines) == 2 and '"row": 0, "of": 1' in lines[1]
+    assert len(lines) == 3 and '"row": 0, "of": 1' in lines[1] and '"left": true' in lines[2]
 
 
 @pytest.mark.parametrize("name", ["weights", "code", "torch", "threads", "machine"])
@@ -163,16 +198,16 @@ def test_processes_give_the_answers_of_one(tmp_path: Path) -> None:
         *("calibration.num_states=4", "tracker=none", "cache_dir=null"),
     ]
     outcomes = study["scenarios"](tmp_path, sizes)
-    assert [o.processes for o in outcomes] == [1, 2, 3, 2]
-    for o in outcomes:
+    assert [o.processes for o in outcomes] == [1, 2, 3, 2, 1, 2]
+    for o, alone in zip(outcomes, [outcomes[0]] * 4 + [outcomes[4]] * 2, strict=True):
         assert (o.different_answers, o.different_numbers) == (0, [])
-        assert o.problems == 6 * 3 * 2 and o.forwards == outcomes[0].forwards
-    assert all(int(part) > 0 for o in outcomes[1:3] for part in o.helped.split(", "))
+        assert o.problems == 6 * 3 * 2 and o.forwards == alone.forwards
+    assert all(int(part) > 0 for o in (*outcomes[1:3], outcomes[5]) for part in o.helped.split(", "))
 
 
 def test_the_committed_study_found_no_difference() -> None:
     outcomes = json.loads((STUDY / "results.json").read_text())
-    assert len(outcomes) == 4 and {o["different_answers"] for o in outcomes} == {0}
+    assert len(outcomes) >= 4 and {o["different_answers"] for o in outcomes} == {0}
     assert all(o["problems"] >= 200 and not o["different_numbers"] for o in outcomes)
     study = runpy.run_path(str(STUDY / "run.py"))
     assert (STUDY / "table.md").read_text() == study["table"]([study["Outcome"](**o) for o in outcomes])

@@ -13,7 +13,6 @@ leaves none that could be taken for one.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dllmq.durable import replace, sync_file
 from dllmq.models.stored import RECORD
 
 MAX_SHARD_BYTES = 2**31
@@ -48,8 +48,7 @@ class ShardWriter:
         self.folder = Path(folder)
         check_target(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(f"{_STAGING}*"):  # of a run that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
+        remove_leftovers(self.folder)
         self.max_shard_bytes = max_shard_bytes
         self._staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.folder))
         self._held: dict[str, Tensor] = {}
@@ -95,13 +94,12 @@ class ShardWriter:
         self._name_shards()
         size = sum(file.stat().st_size for file in self._staging.iterdir())
         for file in self._staging.iterdir():
-            with file.open("rb+") as opened:
-                os.fsync(opened.fileno())
+            sync_file(file)
         (self.folder / "config.json").unlink(missing_ok=True)
         for old in (*self.folder.glob("*.safetensors"), *map(self.folder.joinpath, _OF_AN_EXPORT)):
             old.unlink(missing_ok=True)
         for file in sorted(self._staging.iterdir(), key=lambda file: file.name == "config.json"):
-            file.replace(self.folder / file.name)
+            replace(file, self.folder / file.name)
         self.discard()
         return size
 
@@ -138,6 +136,12 @@ class ShardWriter:
             "weight_map": dict(sorted(weight_map.items())),
         }
         self.add_text(INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a killed run has not finished in an export's folder; nobody else may write there."""
+    for leftover in folder.glob(f"{_STAGING}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def check_target(folder: Path) -> None:

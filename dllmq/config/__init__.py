@@ -8,9 +8,10 @@ composed YAML -> loading.load -> schema.RunConfig -> .recipe(): values for the p
 from omegaconf import OmegaConf
 
 from dllmq.config.checks import Plan, check_cell, device_of
-from dllmq.config.composing import check_choices, compose_plan, preset_of
+from dllmq.config.composing import check_choices, compose_plan, preset_of, refused
 from dllmq.config.fingerprints import (
     READ,
+    batch_identity,
     code_digest,
     file_digest,
     fingerprint,
@@ -28,6 +29,7 @@ __all__ = [
     "READ",
     "Plan",
     "RunConfig",
+    "batch_identity",
     "build",
     "cell_name",
     "check_cell",
@@ -44,6 +46,7 @@ __all__ = [
     "identity",
     "load",
     "preset_of",
+    "refused",
     "slug",
     "sweep_folder",
 ]

@@ -10,10 +10,12 @@ from pathlib import Path
 import yaml
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from dllmq.config.checks import Plan, check_cell
 from dllmq.models.stored import RECORD
+from dllmq.refusals import refusal
 
 
 def compose_plan(overrides: Sequence[str], stored: bool = False) -> Plan:
@@ -30,9 +32,18 @@ def compose_plan(overrides: Sequence[str], stored: bool = False) -> Plan:
         try:
             cfg = compose("config", overrides=list(overrides))
         except (HydraException, OmegaConfBaseException) as error:
-            text = " ".join(str(error).partition("Config search path:")[0].split())
-            raise ValueError(text) from error
+            raise ValueError(refusal(error, overrides, _whole)) from error
     return check_cell(cfg, stored)
+
+
+def refused(error: Exception, overrides: Sequence[str]) -> str:
+    """An error of Hydra's, OmegaConf's or the YAML parser's in one sentence, where no Hydra is at work."""
+    with initialize_config_module("dllmq.conf", version_base="1.3"):
+        return refusal(error, overrides, _whole)
+
+
+def _whole(choices: list[str]) -> DictConfig:
+    return compose("config", overrides=choices, return_hydra_config=True)
 
 
 def check_choices(overrides: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict
 from functools import cache
+from importlib import metadata
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,14 @@ def fingerprint_parts(config: RunConfig, device: str) -> dict[str, Any]:
     values["tasks"] = {k: v for k, v in values["tasks"].items() if k != "data_dir"}  # what is in it counts
     data = file_digest(Path(config.calibration.data)) if config.calibration.data else None
     parts = identity(config, device) | {"config": values, "data": data, "tasks": _tasks_identity(config)}
-    if config.eval.batch_size == "auto":
-        from dllmq.models.memory import total_memory
+    return parts | batch_identity(config, device)
 
-        parts["memory"] = total_memory(device)  # what settles the size
-    return parts
+
+def batch_identity(config: RunConfig, device: str) -> dict[str, Any]:
+    """What settles eval.batch_size=auto beside the requests; nothing where the size is given."""
+    from dllmq.models.memory import rounded, total_memory
+
+    return {"memory": rounded(total_memory(device))} if config.eval.batch_size == "auto" else {}
 
 
 def _tasks_identity(config: RunConfig) -> dict[str, Any]:
@@ -75,7 +79,21 @@ def identity(config: RunConfig, device: str) -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-    }
+    } | _gpu_identity(device)
+
+
+def _gpu_identity(device: str) -> dict[str, Any]:
+    """Whose kernels compute where the device is a GPU; a CPU's are in torch's version."""
+    import torch
+
+    if not device.startswith("cuda"):
+        return {}
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = None
+    name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else None
+    return {"gpu": name, "triton": triton}
 
 
 def file_digest(path: Path, whole_below: int = 2**26) -> str:
@@ -110,6 +128,8 @@ def code_digest() -> str:
             "interrupt.py",
             "locks.py",
             "cache.py",
+            "durable.py",
+            "refusals.py",
             "conf",
             "__pycache__",
         ):

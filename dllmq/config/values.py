@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -11,12 +10,7 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-
-def did_you_mean(word: str, known: Mapping[str, Any]) -> str:
-    """ " Did you mean ...? Allowed: ...", to end a sentence with."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    return f"{hint} Known: {', '.join(known)}."
+from dllmq.refusals import did_you_mean
 
 
 def choose(key: str, value: str, table: Mapping[str, Any]) -> Any:

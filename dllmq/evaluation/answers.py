@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from dllmq import interrupt
+from dllmq.durable import sync_folder
 
 log = logging.getLogger(__name__)
 _FORMAT = 1
@@ -113,6 +114,9 @@ class AnswerLog:
         interrupt.check()
         return made
 
+    def halved(self, kind: str, index: int, size: int) -> None:
+        """Memory ran out: batches of this kind have another size from here on. For those who share them."""
+
     def find(self, name: str) -> Batch | None:
         """What is known of a batch; `name` is batch_name's."""
         return self._known.get(name)
@@ -150,11 +154,13 @@ class AnswerLog:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         if not self._started:
             text = self._beginning() + text
-            self._started = True
         with self.file.open("ab") as file:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
+        if not self._started:
+            sync_folder(self.file.parent)
+            self._started = True
 
     def _beginning(self) -> str:
         """What goes in front of the first lines: the key's, or the end of a line that was cut off."""
@@ -209,7 +215,7 @@ def _batches(file: Path, key: str) -> dict[str, Batch]:
     if not _is_header(lines[0], key):
         return {}
     rows: dict[str, dict[int, dict[str, Any]]] = {}
-    for line in _whole(lines[1:]):
+    for line in (line for line in _whole(lines[1:]) if "row" in line):
         rows.setdefault(line["batch"], {})[line["row"]] = line
     found = {name: batch_of(lines) for name, lines in rows.items()}
     return {name: batch for name, batch in found.items() if batch is not None}

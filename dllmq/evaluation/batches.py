@@ -6,9 +6,10 @@ would be pads for more than a quarter (`PADDING`): left padding is computed like
 prompt is cheaper in a batch of its own kind. Shuffled requests give the same batches.
 
 The size is a number, or `auto`: the largest power of two, 64 at most, whose canvases of the longest prompt
-take a quarter of the device's memory (of all of it, not of what is free just now: the same requests on the
-same machine give the same size). When memory runs out all the same, the size is halved for the batch it ran
-out in and those after it. As the longest canvases come first, that settles it in the first batch as a rule.
+take a quarter of the device's memory (of all of it in whole GiB, not of what is free just now: the same
+requests on the same machine give the same size). When memory runs out all the same, the size is halved for
+the batch it ran out in and those after it. As the longest canvases come first, that settles it in the first
+batch as a rule.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from dllmq.models.memory import total_memory
+from dllmq.models.memory import rounded, total_memory
 
 log = logging.getLogger(__name__)
 PADDING = 0.25  # share of a canvas that may be pads
@@ -62,12 +63,15 @@ class Batches:
 
     def __init__(self, prompts: Sequence[list[int]], gen_length: int, size: int) -> None:
         self.prompts, self.gen_length, self.size = prompts, gen_length, size
-        self._left = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i], i))
-        self._failed = False
+        self._first_size = size
+        self._order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i], i))
+        self._left, self._failed = self._order, False
+        self._plan: dict[int, int] | None = None  # to begin with again
 
     def __iter__(self) -> Iterator[Batch]:
-        index = 0
+        index, planned = 0, dict[int, int]()
         while self._left:
+            self.size = planned.get(index, self.size)
             sizes = self._cut()
             yield Batch(index, index + len(sizes), tuple(self._left[: sizes[0]]))
             if self._failed:  # by now nothing holds the tensors of the attempt
@@ -75,7 +79,19 @@ class Batches:
                 if torch.cuda.is_initialized():
                     torch.cuda.empty_cache()
                 continue
+            if self._plan is not None:
+                self._left, index, planned, self._plan = self._order, 0, self._plan, None
+                self.size = self._first_size
+                continue
             self._left, index = self._left[sizes[0] :], index + 1
+
+    def begin_again(self, sizes: dict[int, int]) -> None:
+        """After the last batch comes the first one again: another process has settled other sizes.
+
+        Args:
+            sizes: number of a batch -> rows at most, from this one on.
+        """
+        self._plan = sizes
 
     def halve(self, error: BaseException) -> None:
         """After an attempt at the last batch: if memory ran out, it comes again at half the size.
@@ -139,7 +155,7 @@ def settle(batch_size: int | str, model: Any, columns: int) -> int:
     """
     if batch_size != "auto":
         return int(batch_size)
-    memory, embedding = total_memory(str(model.device)), getattr(model, "embedding", None)
+    memory, embedding = rounded(total_memory(str(model.device))), getattr(model, "embedding", None)
     if memory is None or embedding is None:
         return LARGEST
     fitting = int(SHARE * memory / (columns * VECTORS * 4 * embedding.weight.shape[1]))

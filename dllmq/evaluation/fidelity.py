@@ -26,7 +26,6 @@ most masked); hidden_error by step and by transformer block.
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,6 +52,7 @@ from dllmq.diffusion import SamplerConfig
 from dllmq.diffusion.dream_sampler import confidence_of, cut_logits
 from dllmq.diffusion.predict import hidden_states, logits_at
 from dllmq.diffusion.sampler import TopK
+from dllmq.durable import replace, sync_file
 from dllmq.evaluation.statistics import mean_stderr
 
 BLOCKS = 4
@@ -381,9 +381,8 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         save_file(tensors, part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        sync_file(part)
+        replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 

@@ -31,6 +31,7 @@ from dllmq.diffusion.predict import States, states_of
 from dllmq.evaluation.answers import AnswerLog, Batch, digest
 from dllmq.evaluation.batches import Batches, halved, settle
 from dllmq.evaluation.settings import EvalSettings
+from dllmq.evaluation.shares import Replanned
 from dllmq.models.graphs import graphed
 from dllmq.models.tokenizer import render_chat
 
@@ -210,6 +211,10 @@ class DiffusionLM(LM):
                 generated = self._kept("generate_until", batch.index, own, denoise_own, of)
             except (MemoryError, RuntimeError) as error:
                 batches.halve(error)
+                self.answers.halved("generate_until", batch.index, batches.size)
+                continue
+            except Replanned as plan:
+                batches.begin_again(plan.sizes)
                 continue
             self._tell_restored(batch.index + 1, batch.total)
             for i, tokens in zip(batch.rows, generated, strict=True):
@@ -386,6 +391,9 @@ class DiffusionLM(LM):
                 )
             except (MemoryError, RuntimeError) as error:
                 rows = halved(rows, error, "rows of a likelihood")
+                self.answers.halved("loglikelihood", 0, rows)
+            except Replanned as plan:
+                rows = plan.sizes.get(0, rows)
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokens of both. White space at the context's end goes to the continuation, whose tokens are those

@@ -12,7 +12,6 @@ errors are our own, from its per-problem values.
 
 import difflib
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,12 +23,13 @@ from typing import Any
 
 import yaml
 
+from dllmq.durable import clean, write_whole
 from dllmq.evaluation import benchmarks, task_data
 from dllmq.evaluation.answers import AnswerFolder
 from dllmq.evaluation.code_scoring import POSTPROCESS
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.statistics import mean_stderr
-from dllmq.mini.tasks import problems, write_jsonl
+from dllmq.mini.tasks import as_jsonl, problems
 
 log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent / "task_configs"
@@ -168,6 +168,7 @@ def build_task_configs(names: Sequence[str], n: int | None, data_dir: Path) -> l
         data_dir: gets <task>-test-<n>.jsonl and the cache of `datasets`. Several processes may share it.
     """
     configs = []
+    clean(data_dir)
     for name in names:
         config = task_config(name)
         data = _write_problems(name, n or config["metadata"]["dllmq"]["test_size"], data_dir)
@@ -181,13 +182,9 @@ def build_task_configs(names: Sequence[str], n: int | None, data_dir: Path) -> l
 
 def _write_problems(name: str, n: int, data_dir: Path) -> Path:
     path = data_dir / f"{name}-test-{n}.jsonl"
-    own = write_jsonl(problems(name, "test", n), data_dir / f".{path.name}.{os.getpid()}")
-    with own.open("rb+") as file:
-        os.fsync(file.fileno())
-    if path.exists() and path.read_bytes() == own.read_bytes():
-        own.unlink()  # an unchanged file keeps the cache of `datasets` valid
-    else:
-        own.replace(path)
+    text = as_jsonl(problems(name, "test", n))
+    if not path.exists() or path.read_bytes() != text.encode():  # else the cache of `datasets` stays valid
+        write_whole(path, text)
     return path
 
 

@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -92,8 +91,6 @@ def problems(task: str, split: Split, n: int, seed: int = 0) -> list[Doc]:
     return list(islice(stream(task, split, seed), n))
 
 
-def write_jsonl(docs: list[Doc], path: Path) -> Path:
+def as_jsonl(docs: list[Doc]) -> str:
     """One problem a line, as the published data sets have it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-    return path
+    return "".join(json.dumps(doc) + "\n" for doc in docs)

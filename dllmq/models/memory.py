@@ -103,6 +103,15 @@ def total_memory(device: str) -> int | None:
     return min(known) if known else None
 
 
+def rounded(memory: int | None) -> int | None:
+    """Bytes that stay the same when a kernel's update or a container takes a little: whole GiB, or 64 MiB.
+
+    What eval.batch_size=auto settles depends on these alone, so they are enough for a fingerprint.
+    """
+    unit = 2**30 if memory is not None and memory >= 2**30 else 2**26
+    return None if memory is None else memory // unit * unit
+
+
 def _available(meminfo: Path) -> int | None:
     """MemAvailable of /proc/meminfo."""
     return _meminfo(meminfo, "MemAvailable")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -18,12 +17,18 @@ from typing import Any
 from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from yaml import YAMLError
 
+from dllmq.faults import in_words
+from dllmq.refusals import refusal
 from dllmq.report.results import write_json_atomic
 
+HYDRAS = (HydraException, OmegaConfBaseException, YAMLError)  # what a command line or a preset raises
 SWEEP = "sweep.json"
 EXTRAS = {"dllmq_joblib": "joblib", "dllmq_slurm": "submitit", "dllmq_local": "submitit", "dllmq_ray": "ray"}
 log = logging.getLogger(__name__)
@@ -52,26 +57,28 @@ class SweepCallback(Callback):
         refuse(lambda: self.check(own_keys(config)))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        make = partial(compose, config.hydra.job.config_name, return_hydra_config=True)
         listed, launcher = cells(config), launcher_of(config.hydra)
         refuse(partial(check_launcher, launcher, config.hydra.launcher._target_))
         planned = []
         for number, overrides in enumerate(listed, 1):
             where = f"cell {number} of {len(listed)} ({' '.join(overrides)}): "
-            cell = partial(compose, config.hydra.job.config_name, overrides, return_hydra_config=True)
-            planned.append(refuse(partial(self._checked, cell), where))
+            planned.append(refuse(partial(self._checked, overrides, make), where))
         if config.get("dry_run"):
             return
         refuse(partial(write_plan, config.hydra, launcher, planned))
         if launcher != "basic":
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # run.main tells a launcher's failure in one sentence
             folder = config.hydra.sweep.dir
             log.info(
                 "cells: %d, by %s; python -m dllmq.status %s", len(planned), launcher, shlex.quote(folder)
             )
 
-    def _checked(self, cell: Callable[[], DictConfig]) -> dict[str, Any]:
+    def _checked(self, overrides: list[str], make: Callable[[list[str]], DictConfig]) -> dict[str, Any]:
         """A cell as sweep.json has it, after its check."""
-        config = cell()
+        try:
+            config = make(overrides)
+        except HYDRAS as error:
+            raise ValueError(refusal(error, overrides, make)) from error
         self.check(own_keys(config))
         return {"name": config.hydra.sweep.subdir, "overrides": list(config.hydra.overrides.task)}
 
@@ -90,7 +97,7 @@ def refuse(action: Callable[[], Any], where: str = "") -> Any:
     try:
         return action()
     except Exception as error:
-        complain(where + sentence(error))
+        complain(where + (" ".join(str(error).split()) or type(error).__name__))
         sys.exit(1)  # not an Exception: Hydra turns those of callbacks into warnings
 
 
@@ -124,13 +131,10 @@ def write_plan(hydra: Any, launcher: str, planned: list[dict[str, Any]]) -> None
     launch = [o for o in hydra.overrides.hydra if o.startswith(("hydra/launcher=", "hydra.launcher."))]
     words = ["python", "-m", "dllmq.run", "-m", *launch, *hydra.overrides.task]
     plan = {"command": shlex.join(words), "launcher": launcher, "cells": planned}
-    write_json_atomic(Path(hydra.sweep.dir) / SWEEP, plan)
-
-
-def sentence(error: Exception) -> str:
-    """An error in one line; of Hydra's, without the search path it ends with."""
-    text = " ".join(str(error).partition("Config search path:")[0].split())
-    return text or type(error).__name__
+    try:
+        write_json_atomic(Path(hydra.sweep.dir) / SWEEP, plan)
+    except OSError as error:
+        raise ValueError(in_words(error, Path(hydra.sweep.dir)) or str(error)) from error
 
 
 def complain(text: str) -> None:
@@ -149,7 +153,7 @@ def finish_sweep(folder: Path) -> None:
     try:
         sweep = write_report(folder)
     except (ValueError, OSError) as error:  # the second: a full disk
-        complain(str(error))
+        complain(in_words(error, folder) or str(error))
         sys.exit(1)
     print_tables(sweep_tables(sweep), console)
     console.print(

@@ -19,12 +19,13 @@ import logging
 import math
 import os
 import re
-import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
+
+from dllmq.durable import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -123,19 +124,8 @@ def _plain(obj: Any, where: str, dropped: list[str]) -> Any:
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
-    """Write text to path whole or not at all: a temporary file in the same folder, fsync, then rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    """Write text to path whole or not at all (dllmq/durable.py)."""
+    return write_whole(Path(path), text)
 
 
 def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> Path:

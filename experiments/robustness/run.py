@@ -43,12 +43,15 @@ import lm_eval.evaluator  # noqa: E402
 import lm_eval.tasks  # noqa: E402, F401
 import torch  # noqa: E402
 import transformers  # noqa: E402, F401
+from lm_eval.api.task import ConfigurableTask  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import dllmq.cache  # noqa: E402
+import dllmq.calibration.stats  # noqa: E402
 import dllmq.cell  # noqa: E402
 import dllmq.checkpoint.writer  # noqa: E402
+import dllmq.methods.awq  # noqa: E402
 import dllmq.report.build  # noqa: E402
 import dllmq.report.progress  # noqa: E402
 import dllmq.run  # noqa: E402
@@ -56,6 +59,7 @@ from dllmq.config import EMBEDDED, code_digest  # noqa: E402
 from dllmq.models.llada import LLaDA, LLaDAConfig  # noqa: E402
 from dllmq.models.stored import RECORD  # noqa: E402
 from dllmq.models.tokenizer import load_tokenizer  # noqa: E402
+from dllmq.numerics.linalg import weighted_gram  # noqa: E402
 
 torch.set_num_threads(1)
 load_tokenizer(EMBEDDED)  # imports what it needs
@@ -69,16 +73,23 @@ WORDS = [
     "calibration.batch_size=2", "sampler.gen_length=8", "sampler.steps=4", "sampler.block_length=8",
 ]  # fmt: skip
 KINDS = {
-    "SIGKILL": 70,
-    "SIGTERM": 30,
+    "SIGKILL": 60,
+    "SIGTERM": 25,
     "SIGINT": 15,
     "SIGTERM twice": 10,
     "SIGKILL, then a stored file is damaged": 30,
     "disk full": 20,
     "folder read-only": 5,
     "out of memory": 10,
+    "NaN in a Gram matrix": 5,
+    "one problem raises": 5,
+    "clock jumps": 5,
     "two processes, one killed": 10,
 }
+INSIDE = {
+    "disk full", "folder read-only", "out of memory", "NaN in a Gram matrix", "one problem raises",
+    "clock jumps",
+}  # fmt: skip
 IN_A_SWEEP = 8  # faults, at most
 NUMBERS = ("scores", "fidelity", "curves", "per_problem", "fidelity_per_prompt", "calibration", "fingerprint",
            "axes", "config", "inert", "seed")  # fmt: skip
@@ -117,7 +128,27 @@ class Watch:
             code = errno.ENOSPC if self.failing == "disk full" else errno.EROFS
             raise OSError(code, os.strerror(code))
 
+    def break_numbers(self) -> None:
+        """Gram matrices, the score of a problem, the clock: whole until one is asked to fail."""
+        process, now = ConfigurableTask.process_results, time.time
+
+        def gram(X: torch.Tensor, c: torch.Tensor | None = None) -> torch.Tensor:
+            H = weighted_gram(X, c)
+            return H * float("nan") if self.failing == "NaN in a Gram matrix" else H
+
+        def process_results(task: Any, doc: Any, results: Any) -> Any:
+            if self.failing == "one problem raises" and str(doc["id"]).endswith("2"):
+                raise KeyError("gold")
+            return process(task, doc, results)
+
+        def clock() -> float:
+            return -now() if self.failing == "clock jumps" else now()
+
+        dllmq.calibration.stats.weighted_gram = dllmq.methods.awq.weighted_gram = gram  # type: ignore[assignment]
+        ConfigurableTask.process_results, time.time = process_results, clock
+
     def install(self) -> None:
+        self.break_numbers()
         replace_, fsync, save = os.replace, os.fsync, save_file
 
         def replace(source: Any, target: Any, **more: Any) -> None:
@@ -232,7 +263,7 @@ class Fault:
 
 def disturb(folder: Path, fault: Fault, rng: random.Random) -> bool:
     """Runs the command until the fault; whether it came to it. A run that does not is finished."""
-    inside = fault.kind in ("disk full", "folder read-only", "out of memory")
+    inside = fault.kind in INSIDE
     pid, pipe = start(folder, (fault.event, fault.kind) if inside else None)
     met = False
     other = start(folder) if fault.kind.startswith("two") else None
@@ -336,6 +367,8 @@ def judge(folder: Path, reference: dict[str, Any]) -> str:
 
 def is_half_done(file: Path) -> bool:
     """Whether it is unfinished work, of a cell or of a value that is not there."""
+    if file.name.startswith(".") and file.suffix == ".tmp":
+        return True
     if file.name.endswith(".unfinished"):  # beside the entry, whose writer was killed a moment too early
         return not file.with_name(file.name.removeprefix(".").removesuffix(".unfinished") + ".json").exists()
     return file.name == ".resume"

@@ -17,6 +17,7 @@ from dllmq.evaluation.batches import Batches, cut, is_out_of_memory, settle
 from dllmq.evaluation.harness import DiffusionLM
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.mini.tasks import problems
+from dllmq.models.memory import rounded
 
 SAMPLER = SamplerConfig(gen_length=8, steps=4, block_length=8)
 CPU_ERROR = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
@@ -96,6 +97,19 @@ def test_the_size_is_halved_where_memory_ran_out_and_from_there_on(caplog) -> No
     ]
 
 
+def test_another_processes_sizes_are_taken_from_the_first_batch_on() -> None:
+    """Twice: what the first plan had changed by then does not count for the second."""
+    queue, sizes = Batches([[0] * 9] * 12, 8, 4), []
+    plans = {1: {1: 2}, 3: {1: 2, 3: 1}}
+    for batch in queue:
+        if (plan := plans.pop(batch.index, None)) is not None:
+            queue.begin_again(plan)
+            sizes.clear()
+        else:
+            sizes.append((batch.index, len(batch.rows)))
+    assert sizes == [(0, 4), (1, 2), (2, 2), (3, 1), (4, 1), (5, 1), (6, 1)]
+
+
 def test_one_row_that_does_not_fit_and_other_errors_end_the_run() -> None:
     queue = Batches([[1, 2, 3]], 8, 4)
     for _ in queue:
@@ -115,6 +129,14 @@ def test_auto_is_a_power_of_two_by_the_devices_memory(monkeypatch, gigabytes, co
     model.device, model.embedding = torch.device("cpu"), torch.nn.Embedding(1, 4096)
     assert settle("auto", model, columns) == expected
     assert settle(7, model, columns) == 7
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"),
+    [(None, None), (17 * 2**30 + 5, 17 * 2**30), (2**30, 2**30), (2**27 + 9, 2**27), (5, 0)],
+)
+def test_a_little_memory_more_or_less_is_the_same(memory: int | None, expected: int | None) -> None:
+    assert rounded(memory) == expected
 
 
 def test_auto_where_nothing_is_known(monkeypatch, model) -> None:

@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 
 from dllmq.diffusion import SamplerConfig
@@ -104,6 +105,95 @@ def test_another_number_of_processes_goes_on_with_the_same_answers(model, tokeni
     log = AnswerFolder(tmp_path, "key").of("task")  # one process, later
     found, _ = ask(model, tokenizer, log, "loglikelihood")
     assert found == expected and log.restored > 0
+
+
+class Short:
+    """A model that runs out of memory when it is asked to: fails(rows, number of the call)."""
+
+    def __init__(self, model, fails) -> None:
+        self.model, self.config, self.device, self.head = model, model.config, model.device, model.head
+        self.fails, self.calls = fails, 0
+
+    def hidden_states(self, input_ids, attention_mask=None):
+        self.calls += 1
+        if self.fails(len(input_ids), self.calls):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return self.model.hidden_states(input_ids, attention_mask)
+
+
+@pytest.mark.parametrize("kind", ["generate_until", "loglikelihood"])
+def test_a_batch_that_a_helper_cannot_hold_is_left_to_rank_0(
+    model, tokenizer, tmp_path: Path, caplog, kind: str
+) -> None:
+    """Rank 1 alone is out of memory, once: its other batches are used, and rank 0 waits for none of them."""
+    expected, _ = ask(model, tokenizer, None, kind)
+    helper = SharedAnswers(tmp_path, "key", 1, 2, run="now").of("task")
+    ask(Short(model, lambda rows, call: call == 1), tokenizer, helper, kind)
+    helper.ended()
+    own = SharedAnswers(tmp_path, "key", 0, 2, lambda rank: True, "now").of(
+        "task"
+    )  # it may be at other tasks
+    with caplog.at_level(logging.WARNING):
+        found, lm = ask(model, tokenizer, own, kind)
+    assert found == expected and helper.answered >= 1
+    alone = SharedAnswers(tmp_path / "alone", "key", 0, 1).of("task")
+    _, once = ask(model, tokenizer, alone, kind)
+    assert own.answered + helper.answered == alone.answered
+    assert caplog.text.count("process 1 left out a batch") == 1
+    assert lm.counters.forwards == once.counters.forwards
+
+
+@pytest.mark.parametrize("kind", ["generate_until", "loglikelihood"])
+def test_helpers_follow_rank_0_to_smaller_batches(model, tokenizer, tmp_path: Path, kind: str) -> None:
+    """Rank 0 is out of memory with the planned batches, the helper is not: shares of rank 0's plan."""
+
+    def narrow() -> Short:
+        return Short(model, lambda rows, call: rows > (1 if kind == "generate_until" else 3))
+
+    alone = SharedAnswers(tmp_path / "alone", "key", 0, 1).of("task")
+    expected, once = ask(narrow(), tokenizer, alone, kind)
+    begun = threading.Event()
+    helper = SharedAnswers(tmp_path, "key", 1, 2, run="now").of("task")
+
+    def help_rank_0() -> None:
+        begun.wait(20)
+        ask(model, tokenizer, helper, kind)
+        helper.ended()
+
+    def working(rank: int) -> bool:
+        begun.set()
+        return True
+
+    thread = threading.Thread(target=help_rank_0)
+    thread.start()
+    own = SharedAnswers(tmp_path, "key", 0, 2, working, "now").of("task")
+    found, lm = ask(narrow(), tokenizer, own, kind)
+    thread.join()
+    assert found == expected and lm.counters.forwards == once.counters.forwards
+    assert helper.answered >= 1 and own.answered + helper.answered == alone.answered  # none twice
+
+
+def test_a_plan_that_comes_late_is_followed_from_its_batch_on(model, tokenizer, tmp_path: Path) -> None:
+    """The helper has answered a batch of the old plan; those before the halving stay what they are."""
+    own = SharedAnswers(tmp_path, "key", 0, 2, run="now").of("task")
+    helper = SharedAnswers(tmp_path, "key", 1, 2, run="now").of("task")
+
+    def tell(rows: int, call: int) -> bool:
+        if call == 1:
+            own.halved("generate_until", 2, 1)
+        return False
+
+    ask(Short(model, tell), tokenizer, helper, "generate_until")
+    kept = [len(batch.values) for batch in helper._known.values()]
+    assert kept == [2, 1, 1]  # batch 1 of two rows; 3 and 5 of one; 2, 4 and 6 are rank 0's
+
+
+def test_what_an_earlier_run_said_is_not_followed(model, tokenizer, tmp_path: Path) -> None:
+    earlier = SharedAnswers(tmp_path, "key", 0, 2, run="earlier").of("task")
+    earlier.halved("generate_until", 0, 1)
+    helper = SharedAnswers(tmp_path, "key", 1, 2, run="now").of("task")
+    ask(model, tokenizer, helper, "generate_until")
+    assert [len(batch.values) for batch in helper._known.values()] == [2, 2]
 
 
 def test_answers_of_another_key_are_not_taken(model, tokenizer, tmp_path: Path) -> None:

@@ -187,6 +187,29 @@ def test_resume_false_begins_again(tmp_path: Path, cell: Callable[..., Cell], pl
     assert record.notes["restored"] == {"blocks": 0, "mini_gsm": 0} and numbers(record, tmp_path) == plain
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_killed_writers_left_is_removed_before_a_cell_begins(
+    tmp_path: Path, cell: Callable[..., Cell], monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    """In the sweep's folder, the cell's and its export's; of a cell that is finished too."""
+    made = cell(tmp_path)
+    folder, stub = tmp_path / "sweep/cell", load_record_stub(made)
+    monkeypatch.setattr(Cell, "_compute", lambda self: stub)
+    if finished:
+        made.run()
+    (folder / "model/.writing-x").mkdir(parents=True)
+    names = (
+        "sweep/.baseline.json.12ab.tmp",
+        "sweep/.report.html.34cd.tmp",
+        "sweep/cell/.heartbeat.json.5e.tmp",
+    )
+    for name in names:
+        (tmp_path / name).write_text("half of it")
+    cell(tmp_path).run()
+    assert [name for name in names if (tmp_path / name).exists()] == []
+    assert (folder / RESULTS).is_file() and (folder / "model/.writing-x").exists() == finished
+
+
 # ------------------------------------------------------------------ damaged
 
 

@@ -1,14 +1,21 @@
 """The command on disks that are really full or read-only: file systems of their own, made by bubblewrap."""
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import hydra.core.utils
 import pytest
+from omegaconf import OmegaConf
 
+import dllmq.report.callback
+import dllmq.run
 from dllmq.faults import check_writable, in_words
+from dllmq.report.callback import SweepCallback
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -48,6 +55,57 @@ def test_a_disk_that_fills_up_is_told_in_one_sentence_and_leaves_nothing_half_do
     done = command(tmp_path, ["--size", "150000", "--tmpfs", outputs], "-m", "method=rtn")
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
     assert "no space is left on the disk of" in done.stderr and "the same command continues" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "code"),
+    [
+        ("sweep.json", errno.ENOSPC),
+        ("multirun.yaml", errno.ENOSPC),
+        ("config.yaml", errno.ENOSPC),
+        ("config.yaml", errno.EROFS),
+        ("single", errno.ENOSPC),
+    ],
+)
+def test_a_disk_that_refuses_what_hydra_writes_between_two_cells(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    code: int,
+) -> None:
+    """At the sweep's own files; at those of its second cell, when the first has been run; of a single run."""
+    monkeypatch.chdir(tmp_path)
+    ran: list[object] = []
+    save_config = hydra.core.utils._save_config
+
+    def refuse(path: Path) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    def saving_config(config: Any, name: str, folder: Path) -> None:
+        if file == "single" or (file == name and ran):
+            refuse(folder / name)
+        save_config(config, name, folder)
+
+    if file == "multirun.yaml":
+        monkeypatch.setattr(OmegaConf, "save", lambda config, f: refuse(f))
+    if file == "sweep.json":
+        monkeypatch.setattr(dllmq.report.callback, "write_json_atomic", lambda path, plan: refuse(path))
+    monkeypatch.setattr(hydra.core.utils, "_save_config", saving_config)
+    monkeypatch.setattr(SweepCallback, "_checked", lambda self, overrides, make: {})
+    monkeypatch.setattr(SweepCallback, "on_run_start", lambda self, config, **_: None)
+    monkeypatch.setattr(dllmq.run, "run", ran.append)
+    monkeypatch.setattr(dllmq.run, "start_logging", lambda *_: None)
+    words = ["method=rtn"] if file == "single" else ["-m", "method=rtn,gptq"]
+    monkeypatch.setattr(sys, "argv", ["run", *words, "name=s"])
+    with pytest.raises(SystemExit) as ended:
+        dllmq.run.main()
+    out, err = capsys.readouterr()
+    assert ended.value.code == 1 and len(err.splitlines()) == 1 and "Traceback" not in out + err
+    place = "outputs/s/run" if file == "single" else "outputs/s"
+    full, closed = f"no space is left on the disk of {place}", f"{place} cannot be written any more"
+    assert err.startswith(full if code == errno.ENOSPC else closed) and "the same command continues" in err
+    assert len(ran) == (file == "config.yaml")
 
 
 @pytest.mark.parametrize("place", ["there", "there/not/yet"])

@@ -27,8 +27,7 @@ ALLOWED = {
     "evaluation/answers.py:_append": "a log: lines have checksums",
     "evaluation/fidelity.py:write_tensors": "renamed",
     "machine.py:reset_peak_memory": "/proc",
-    "mini/tasks.py:write_jsonl": "its caller renames",
-    "report/results.py:write_text_atomic": "renamed",
+    "durable.py:_write": "renamed",
 }
 # modules whose files are no results: the sandbox's, training's of the embedded model, figures in memory
 OTHERS = (

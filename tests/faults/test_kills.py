@@ -22,7 +22,7 @@ def test_a_sample_of_faults_is_recovered_bit_for_bit(tmp_path: Path) -> None:
         sys.executable,
         str(STUDY / "run.py"),
         "--faults",
-        "9",
+        "12",
         "--seed",
         "11",
         "--keep",
@@ -32,7 +32,7 @@ def test_a_sample_of_faults_is_recovered_bit_for_bit(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     counted = {row[0]: row[1:] for row in rows(done.stdout[done.stdout.index("| fault |") :])}
     injected, recovered, lost, wrong = map(int, counted["all"])
-    assert injected == recovered >= 9 and lost == wrong == 0
+    assert injected == recovered >= 12 and lost == wrong == 0
     assert counted.keys() >= {"SIGKILL", "SIGTERM", "disk full", "two processes, one killed"}
 
 
@@ -67,7 +67,7 @@ def test_a_signal_ends_the_sweep_and_says_how_to_continue(tmp_path: Path) -> Non
 
 
 def test_the_study_lost_nothing_and_got_nothing_wrong() -> None:
-    """The committed record: 200 faults of nine kinds in every stage; the table counts them."""
+    """The committed record: 200 faults of every kind in every stage; the table counts them."""
     faults = json.loads((STUDY / "results.json").read_text())["faults"]
     assert len(faults) >= 200 and {fault["outcome"] for fault in faults} == {"recovered"}
     stages = {fault["event"][1] for fault in faults}
@@ -82,7 +82,7 @@ def test_the_study_lost_nothing_and_got_nothing_wrong() -> None:
         "report",
     }
     counts = Counter(fault["kind"] for fault in faults) + Counter(fault["event"][1] for fault in faults)
-    assert len(counts) == 9 + len(stages)
+    assert len(counts) >= 9 + len(stages)
     told = {row[0]: row[1:] for row in rows((STUDY / "table.md").read_text()) if row[0] != "all"}
     assert told == {name: [str(count), str(count), "0", "0"] for name, count in counts.items()}
 

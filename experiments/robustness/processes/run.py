@@ -1,4 +1,4 @@
-"""One evaluation by one process, by two and by three, and by two of which one is killed in the middle.
+"""One evaluation by one process, by several, by two that are killed in the middle, and by packed kernels.
 
 python experiments/robustness/processes/run.py       # writes results.json and table.md beside itself
 
@@ -44,6 +44,26 @@ class Outcome:
     different_answers: int
     different_numbers: list[str]
     forwards: int
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A run; it is compared with the last one by one process before it."""
+
+    name: str
+    processes: int
+    backend: str = "fake"
+    is_killed: bool = False
+
+
+SCENARIOS = [
+    Scenario("one", 1),
+    Scenario("two", 2),
+    Scenario("three", 3),
+    Scenario("two, killed, same command again", 2, is_killed=True),
+    Scenario("one, packed", 1, "packed"),
+    Scenario("two, packed", 2, "packed"),
+]
 
 
 def command(folder: Path, processes: int, sizes: list[str]) -> subprocess.Popen[bytes]:
@@ -133,16 +153,17 @@ def helpers_of(folder: Path) -> list[int]:
     return found
 
 
-def scenarios(root: Path, sizes: list[str]) -> list[Outcome]:
-    found = []
-    for name, processes in (("one", 1), ("two", 2), ("three", 3), ("killed", 2)):
-        folder = root / name
+def scenarios(root: Path, sizes: list[str], chosen: list[Scenario] | None = None) -> list[Outcome]:
+    found: list[Outcome] = []
+    for number, scenario in enumerate(chosen or SCENARIOS):
+        folder, words = root / str(number), [*sizes, f"backend={scenario.backend}"]
         folder.mkdir()
-        if name == "killed":
-            killed(folder, sizes)
-        finish(command(folder, processes, sizes), folder)
-        label = "two, killed, same command again" if name == "killed" else name
-        found.append(outcome(label, processes, folder, root / "one"))
+        if scenario.is_killed:
+            killed(folder, words)
+        finish(command(folder, scenario.processes, words), folder)
+        if scenario.processes == 1:
+            alone = folder
+        found.append(outcome(scenario.name, scenario.processes, folder, alone))
         print(json.dumps(asdict(found[-1])), flush=True)
     return found
 
