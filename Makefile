@@ -31,7 +31,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-$(INSTALLED): pyproject.toml constraints.txt $(wildcard build_hooks/*)
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard build_hooks/*.py build_hooks/*.pth)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e ".[dev]"
 	touch $@
