@@ -24,7 +24,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python -m dllmq.run -m method=awq,gptq tmas=true,false
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile
+	$(VENV)/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -77,7 +77,7 @@ def test_make_runs_what_the_readme_says(target: str, tmp_path: Path) -> None:
         last
         == {
             "demo": ".venv/bin/python -m dllmq.run -m method=awq,gptq tmas=true,false",
-            "test": ".venv/bin/python -m pytest -n auto --dist loadfile",
+            "test": ".venv/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder",
         }[target]
     )
 
