@@ -137,29 +137,13 @@ def test_broken_configs_are_one_sentence(words: list[str], key: str, value: str,
 
 
 @pytest.mark.slow
-@settings(plain, max_examples=100)
-@given(overrides(VALID))
-def test_a_hundred_valid_configs_dry_run(words: list[str]) -> None:
-    valid_words_dry_run(words)
-
-
-@pytest.mark.slow
-@settings(plain, max_examples=200)
-@given(**BROKEN)
-def test_two_hundred_broken_configs_are_one_sentence(
-    words: list[str], key: str, value: str, add: bool
-) -> None:
-    broken_words_are_told(words, key, value, add)
-
-
-@pytest.mark.long
 @settings(plain, max_examples=400)
 @given(overrides(VALID))
 def test_four_hundred_valid_configs_dry_run(words: list[str]) -> None:
     valid_words_dry_run(words)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @settings(plain, max_examples=600)
 @given(**BROKEN)
 def test_six_hundred_broken_configs_are_one_sentence(

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -134,14 +133,9 @@ def helpers_of(folder: Path) -> list[int]:
     return found
 
 
-SCENARIOS = {"one": 1, "two": 2, "three": 3, "killed": 2}
-
-
-def scenarios(root: Path, sizes: list[str], names: Sequence[str] = tuple(SCENARIOS)) -> list[Outcome]:
-    """Each of the scenarios, compared with "one", which comes first."""
+def scenarios(root: Path, sizes: list[str]) -> list[Outcome]:
     found = []
-    for name in names:
-        processes = SCENARIOS[name]
+    for name, processes in (("one", 1), ("two", 2), ("three", 3), ("killed", 2)):
         folder = root / name
         folder.mkdir()
         if name == "killed":
