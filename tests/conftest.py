@@ -78,7 +78,8 @@ LONGEST = (
     *("test_secrets.py", "report/", "test_experiments.py", "techniques/", "calibration/", "evaluation/"),
     *("bench/", "models/"),
 )  # fmt: skip
-TOGETHER = ("test_run.py", "test_packaging.py", "test_browser.py")  # slow tests that share what they wait for
+# Files whose slow tests share what they wait for, or torchrun's port.
+TOGETHER = ("test_run.py", "test_packaging.py", "test_browser.py", "test_team.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
