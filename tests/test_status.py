@@ -332,7 +332,7 @@ def test_it_is_read_while_the_sweep_runs(tmp_path: Path) -> None:
                 state = read_sweep(sweep)
                 seen |= {(c.label, c.state, c.host) for c in state.cells if c.state == "running"}
                 assert len(state.cells) == 2 and not state.of("failed", "no sign of life")
-            time.sleep(0.02)
+            time.sleep(0.1)
     assert running.result().returncode == 0, running.result().stderr
     assert seen == {("method=rtn", "running", "here"), ("method=gptq", "running", "here")}
     assert read_sweep(sweep).counts == {"done": 2} and not list(sweep.rglob(HEARTBEAT))
