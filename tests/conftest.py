@@ -71,7 +71,8 @@ def pytest_unconfigure() -> None:
 # Parts of node ids in the order they start in: what takes long and is begun last leaves other workers idle.
 LONGEST = (
     *("test_team.py::test_processes", "test_run.py", "experiment=bitwidth", "the_bench_measures"),
-    *("test_kills.py", "test_packaging.py", "in_their_order", "cgq=true,false", "configs.py::test_"),
+    *("test_kills.py", "stock_command_line", "test_packaging.py", "in_their_order", "cgq=true,false"),
+    *("configs.py::test_", "sweep_runs"),
     *("test_run_commands", "test_gpu_script.py", "test_backends.py", "test_pipeline.py", "test_browser.py"),
     *("test_cache.py", "test_recipe.py", "test_full_precision.py", "test_sandbox.py", "test_plugin.py"),
     *("test_cells.py", "test_cell.py", "test_harness.py", "test_streaming.py", "test_disk.py", "mini/"),
