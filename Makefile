@@ -24,14 +24,14 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python -m dllmq.run -m method=awq,gptq tmas=true,false
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile
+	$(VENV)/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-$(INSTALLED): pyproject.toml constraints.txt $(wildcard build_hooks/*)
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard build_hooks/*.py build_hooks/*.pth)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e ".[dev]"
 	touch $@

@@ -68,11 +68,31 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(_home, ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+# Parts of node ids in the order they start in: what takes long and is begun last leaves other workers idle.
+LONGEST = (
+    *("test_team.py::test_processes", "test_run.py", "experiment=bitwidth", "the_bench_measures"),
+    *("test_kills.py", "stock_command_line", "test_packaging.py", "in_their_order", "cgq=true,false"),
+    *("configs.py::test_", "sweep_runs"),
+    *("test_run_commands", "test_gpu_script.py", "test_backends.py", "test_pipeline.py", "test_browser.py"),
+    *("test_cache.py", "test_recipe.py", "test_full_precision.py", "test_sandbox.py", "test_plugin.py"),
+    *("test_cells.py", "test_cell.py", "test_harness.py", "test_streaming.py", "test_disk.py", "mini/"),
+    *("test_secrets.py", "report/", "test_experiments.py", "techniques/", "calibration/", "evaluation/"),
+    *("bench/", "models/"),
+)  # fmt: skip
+# Files whose slow tests share what they wait for, or torchrun's port.
+TOGETHER = ("test_run.py", "test_packaging.py", "test_browser.py", "test_team.py")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The order, the groups of --dist loadgroup (a file's quick tests; slow ones alone), what is skipped."""
+    order = {item: [part in item.nodeid for part in LONGEST] for item in items}
+    items.sort(key=lambda item: order[item].index(True) if any(order[item]) else len(LONGEST))
     for item in items:
-        if item.get_closest_marker("gpu"):
+        alone = item.get_closest_marker("slow") and item.path.name not in TOGETHER
+        if config.pluginmanager.hasplugin("xdist") and not alone:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
 
 

@@ -60,7 +60,7 @@ def test_stages_add_seconds_and_keep_the_largest_peak() -> None:
         block = torch.ones(2**24)  # 64 MiB
         del block
     cost = stages.cost
-    assert 0.02 <= cost["work_s"] < 5
+    assert 0.02 <= cost["work_s"] < 60
     assert cost["memory_peak_bytes"] >= 2**26
     assert cost["peak_memory_bytes"] == max(cost["memory_peak_bytes"], cost["work_peak_bytes"])
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fake_slurm
+import forked
 import pytest
 from tiny_checkpoint import save_checkpoint
 
@@ -90,7 +91,10 @@ def test_the_commands_of_a_tutorial_run_in_their_order(doc: Path, tmp_path: Path
         (tmp_path / "shrunk.py").write_text(source, encoding="utf-8")
     for command in commands(doc):
         words = as_run_here(command, tmp_path)
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        if doc.stem == "scale-out" or not words[2].startswith("dllmq."):  # they start processes themselves
+            done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        else:
+            done = forked.run(tmp_path, *words[2:], **environment)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 

@@ -3,16 +3,18 @@
 import io
 import os
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import forked
 import pytest
 from rich.console import Console
 
+from dllmq.bench.rows import read_sections
+from dllmq.bench.sections import SECTIONS
 from dllmq.report.results import load_sweep
 from dllmq.report.table import print_tables
 from dllmq.report.tables import sweep_tables
@@ -75,7 +77,7 @@ def test_make_runs_what_the_readme_says(target: str, tmp_path: Path) -> None:
         last
         == {
             "demo": ".venv/bin/python -m dllmq.run -m method=awq,gptq tmas=true,false",
-            "test": ".venv/bin/python -m pytest -n auto --dist loadfile",
+            "test": ".venv/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder",
         }[target]
     )
 
@@ -90,22 +92,19 @@ def test_the_demo_of_the_readme_is_that_of_its_records(monkeypatch: pytest.Monke
     assert sum(line.startswith((" awq ", " gptq ")) for line in block.splitlines()) == 4
 
 
-def run(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, extra: list[str]) -> None:
+def run(command: str, folder: Path, extra: Sequence[str] = ()) -> str:
+    """What it prints; it warns of nothing."""
     words = shlex.split(command)
     assert words[:2] == ["python", "-m"]
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", [words[2], *words[3:], *extra])
-    for module in (words[2], f"{words[2]}.__main__"):  # as in a new process
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    try:
-        runpy.run_module(words[2], run_name="__main__", alter_sys=False)
-    except SystemExit as end:
-        assert not end.code, f"{command} ended with {end.code}"
+    done = forked.run(folder, *words[2:], *extra)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert re.findall(r"\w+Warning: .*", done.stderr) == []
+    return done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", RUNS)
-def test_run_commands(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_commands(command: str, tmp_path: Path) -> None:
     if "/ckpts/LLaDA-8B-Base" in command:  # a checkpoint in the published format, made here
         command = command.replace("/ckpts/LLaDA-8B-Base", str(ROOT / "dllmq" / "mini" / "weights"))
     if "data_dir=data" in command:  # GSM8K in its data set's columns
@@ -116,33 +115,32 @@ def test_run_commands(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     extra = [] if "dry_run=true" in command else SMALL
     extra = [o for o in extra if o.partition("=")[0] not in command]
     if "experiment=bitwidth" in command:  # with overrides beside it an experiment has a folder of its own
-        extra.append("name=bitwidth")
-    run(command, tmp_path, monkeypatch, extra)
+        extra += ["name=bitwidth", "bits=w8a8,w4a4"]
+    if "experiment=ablation" in command:
+        extra.append("seed=0")
+    run(command, tmp_path, extra)
     if "dry_run=true" in command:
         assert not list(tmp_path.rglob("results.json"))
         return
     records = list(tmp_path.rglob("results.json"))
-    assert len(records) == cells_of(command)
+    assert len(records) == cells_of(" ".join([command, *extra]))
     folder = records[0].parent.parent
     assert {"baseline.json", "summary.json", "table.md", "report.html"} <= {f.name for f in folder.iterdir()}
     if "experiment=bitwidth" in command:
-        run("python -m dllmq.report outputs/bitwidth", tmp_path, monkeypatch, [])
-        run("python -m dllmq.status outputs/bitwidth", tmp_path, monkeypatch, [])
+        run("python -m dllmq.report outputs/bitwidth", tmp_path)
+        run("python -m dllmq.status outputs/bitwidth", tmp_path)
 
 
 @pytest.mark.slow
-def test_the_bench_runs(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dllmq.bench", "--quick", "--threads", "1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "textbook" in done.stdout
+def test_the_bench_measures_every_section(tmp_path: Path) -> None:
+    here = ["--threads", "1", "--device", "cpu", "--out", "measured"]
+    assert "textbook" in run("python -m dllmq.bench --quick", tmp_path, here)
+    found = read_sections(tmp_path / "measured" / "results.json")
+    assert [s.section for s in found] == list(SECTIONS) and all(s.rows for s in found)
 
 
 def cells_of(command: str) -> int:
-    if "experiment=bitwidth" in command:
-        return 18
-    cells = 1
+    cells = 3 if "experiment=bitwidth" in command else 1  # its methods
     for word in shlex.split(command):
         key, _, value = word.partition("=")
         if key and "," in value and "[" not in value:

@@ -1,4 +1,4 @@
-"""The command line, run as a user runs it, on the embedded model and very few problems."""
+"""The command line on the embedded model and very few problems, started as forked.py does."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
@@ -56,6 +57,11 @@ NUMBERS = ("scores", "fidelity", "curves", "per_problem", "fidelity_per_prompt",
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """python -m dllmq.run in a folder of its own."""
+    return forked.run(folder, "dllmq.run", *arguments, COLUMNS="160")
+
+
+def new_process(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same, its imports included."""
     return subprocess.run(
         [sys.executable, "-m", "dllmq.run", *arguments],
         cwd=folder,
@@ -219,7 +225,8 @@ def test_a_cell_that_fails_leaves_its_error_and_the_others_go_on(sweep: SimpleNa
 def test_wrong_input_ends_at_once_and_leaves_nothing(
     tmp_path: Path, arguments: list[str], said: list[str]
 ) -> None:
-    done = command(tmp_path, *arguments)
+    start = new_process if arguments == ["+tmass=true"] else command
+    done = start(tmp_path, *arguments)
     assert done.returncode != 0
     assert [part for part in said if part not in done.stderr] == [], done.stderr
     assert "Traceback" not in done.stdout + done.stderr

@@ -2,10 +2,9 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 from composed import CONF, composed
@@ -212,7 +211,8 @@ def test_from_a_made_folder_and_local_files_to_scores(checkpoint: Path, tmp_path
         "eval.fidelity_prompts=2", "sampler.block_length=16", "sampler.steps=4",
         f"cache_dir={tmp_path / 'cache'}", f"hydra.run.dir={tmp_path / 'sweep' / 'run'}",
     ]  # fmt: skip
-    subprocess.run([sys.executable, "-m", "dllmq.run", *words], check=True, cwd=CONF.parent)
+    done = forked.run(tmp_path, "dllmq.run", *words)
+    assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "sweep" / "run" / "results.json").read_text())
     assert {name: len(next(iter(v.values()))) for name, v in record["per_problem"].items()} == {
         "gsm8k": 2, "humaneval": 2, "mmlu": 114,

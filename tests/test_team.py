@@ -32,7 +32,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def store() -> HashStore:
     """Of one process, with the operations of torchrun's."""
     own = HashStore()
-    own.set_timeout(timedelta(seconds=5))
+    own.set_timeout(timedelta(seconds=60))
     return own
 
 

@@ -113,10 +113,3 @@ def test_report_prints_the_page_of_a_folder(tmp_path: Path, capsys: pytest.Captu
     write_section(tmp_path / "results.json", section(row()))
     assert bench.main(["--report", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == (tmp_path / "README.md").read_text().strip()
-
-
-@pytest.mark.slow
-def test_the_quick_run_measures_every_section(tmp_path: Path) -> None:
-    assert bench.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    found = read_sections(tmp_path / "results.json")
-    assert [s.section for s in found] == list(sections.SECTIONS) and all(s.rows for s in found)

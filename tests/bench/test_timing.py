@@ -1,40 +1,58 @@
 """Runs are interleaved, and a ratio is that of one round."""
 
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dllmq.bench import timing
 from dllmq.bench.timing import Measured, interleaved, ratio
 
 CPU = torch.device("cpu")
 
 
-def test_runs_take_turns_after_a_warm_up() -> None:
+class Clock:
+    """In the place of the machine's: it goes on where a run says how long it takes."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=clock.perf_counter))
+    return clock
+
+
+def test_runs_take_turns_after_a_warm_up(clock: Clock) -> None:
     order: list[str] = []
 
     def run(name: str) -> str:
         order.append(name)
-        time.sleep(0.002)
+        clock.now += 0.002
         return name
 
     found = interleaved({"a": lambda: run("a"), "b": lambda: run("b")}, repeats=3, device=CPU, enough=1e-9)
     assert order[-6:] == ["a", "b"] * 3
     assert [found[name].output for name in "ab"] == ["a", "b"]
-    assert all(len(found[name].seconds) == 3 and min(found[name].seconds) >= 0.002 for name in "ab")
+    assert all(found[name].seconds == pytest.approx((0.002,) * 3) for name in "ab")
 
 
-def test_short_runs_are_repeated_within_a_sample_and_told_per_call() -> None:
+def test_short_runs_are_repeated_within_a_sample_and_told_per_call(clock: Clock) -> None:
     calls = 0
 
     def run() -> None:
         nonlocal calls
         calls += 1
-        time.sleep(0.001)
+        clock.now += 0.001
 
     found = interleaved({"a": run}, repeats=1, device=CPU, enough=0.01)
-    assert 4 <= calls - 2 <= 11  # two to warm up
-    assert 0.001 <= found["a"].median < 0.005
+    assert calls - 2 == 10  # two to warm up
+    assert found["a"].median == pytest.approx(0.001)
 
 
 def test_ratio_is_of_the_same_round() -> None:

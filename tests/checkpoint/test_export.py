@@ -2,13 +2,11 @@
 
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from composed import composed
@@ -25,7 +23,6 @@ from dllmq.numerics import Grid
 from dllmq.pipeline import quantized_linears
 from dllmq.report.results import RESULTS, RunRecord
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
     "tracker=none",
     "method=rtn",
@@ -91,16 +88,10 @@ def test_a_run_writes_its_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert cell(folder, *how).run() == record  # nothing is asked for
 
 
-@pytest.mark.slow  # imports lm-eval
+@pytest.mark.slow
 def test_the_command_exports(folder: Path) -> None:
     how = [*SMALL, "method=gptq", "bits=w3a8", "export=compressed_tensors", "name=exported"]
-    done = subprocess.run(
-        [sys.executable, "-m", "dllmq.run", f"model.path={folder / 'source'}", *how],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    done = forked.run(folder, "dllmq.run", f"model.path={folder / 'source'}", *how)
     assert done.returncode == 0, done.stdout + done.stderr
     (results,) = folder.glob(f"outputs/exported/*/{RESULTS}")
     record = json.loads(results.read_text())

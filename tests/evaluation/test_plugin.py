@@ -1,7 +1,6 @@
 """`dllmq` in lm-eval's registry: the same scores as evaluate(), wrong arguments in one sentence."""
 
 import json
-import os
 import subprocess
 import sys
 import tomllib
@@ -10,6 +9,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import yaml
@@ -195,6 +195,13 @@ def test_the_entry_point_names_the_class() -> None:
     assert get_model("dummy").__name__ == "DummyLM"  # lm-eval's own models are still there
 
 
+def command(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """python -m program; lm-eval's in a new process, which has to find the plugin by itself."""
+    if program != "lm_eval":
+        return forked.run(ROOT, program, *words)
+    return subprocess.run([sys.executable, "-m", program, *words], capture_output=True, text=True, cwd=ROOT)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["lm_eval", "dllmq.evaluation.plugin"])
 def test_the_stock_command_line_gives_our_own_scores(program: str, folder: Path, tmp_path: Path) -> None:
@@ -202,16 +209,15 @@ def test_the_stock_command_line_gives_our_own_scores(program: str, folder: Path,
     config = build_task_configs(["mini_gsm"], 4, tmp_path)[0]
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "local.yaml").write_text(yaml.safe_dump(config | {"task": "local_gsm"}))
-    command = [sys.executable, "-m", program, "run", "--model", "dllmq", "--model_args",
-               f"pretrained={folder},{ARGUMENTS}", "--tasks", "local_gsm", "--include_path",
-               str(tmp_path / "tasks"), "--limit", "4", "--output_path", str(tmp_path / "out")]  # fmt: skip
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ))
+    words = ["run", "--model", "dllmq", "--model_args", f"pretrained={folder},{ARGUMENTS}", "--tasks",
+             "local_gsm", "--include_path", str(tmp_path / "tasks"), "--limit", "4", "--output_path",
+             str(tmp_path / "out")]  # fmt: skip
+    ended = command(program, *words)
     assert ended.returncode == 0, ended.stderr
     (file,) = (tmp_path / "out").rglob("results_*.json")
     scores = json.loads(file.read_text())["results"]["local_gsm"]
     for metric, value in own(folder, "mini_gsm", tmp_path).items():
         assert scores[metric] == value
-    wrong = subprocess.run([*command[:-2], "--model_args", "pretrained=/no/folder"], capture_output=True,
-                           text=True, cwd=ROOT)  # fmt: skip
+    wrong = command(program, *words[:-2], "--model_args", "pretrained=/no/folder")
     assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
     assert "dllmq: model path /no/folder does not exist" in wrong.stderr

@@ -313,8 +313,8 @@ def test_endless_program_is_stopped_by_the_clock_and_leaves_nothing_behind(sourc
     mark = 2**29 + os.getpid()  # an argument of the command
     start = time.monotonic()
     assert run(source, timeout_s=1.5, memory_bytes=mark).status == "timeout"
-    assert time.monotonic() - start < 5
-    deadline = time.monotonic() + 5
+    assert time.monotonic() - start < 30  # the program would take a minute, or for ever
+    deadline = time.monotonic() + 30
     while str(mark) in commands() and time.monotonic() < deadline:  # a killed process takes a moment to go
         time.sleep(0.02)
     assert str(mark) not in commands()

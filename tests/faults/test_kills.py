@@ -57,10 +57,8 @@ def test_a_signal_ends_the_sweep_and_says_how_to_continue(tmp_path: Path) -> Non
     _, _, told = said[-1].partition("stopped by SIGTERM; what is finished is kept, and this continues: ")
     assert shlex.split(told) == ["python", "-m", "dllmq.run", *words]
     assert not list(tmp_path.glob("outputs/s/*/results.json"))
-    assert len(list(tmp_path.glob("outputs/s/*/.resume/block/*/*.json"))) in (
-        1,
-        2,
-    )  # one; a signal is not a clock
+    kept = len(list(tmp_path.glob("outputs/s/*/.resume/block/*/*.json")))
+    assert 1 <= kept < 6  # of six, and mostly one: the signal is sent when this process gets to it
     done = subprocess.run([sys.executable, "-m", *shlex.split(told)[2:]], stdout=subprocess.DEVNULL, **how)
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("outputs/s/*/results.json"))) == 2

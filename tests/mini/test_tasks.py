@@ -62,11 +62,14 @@ def held_out(task: str, split: str) -> list[tuple[dict, Problem]]:
     return [(doc, found[text]) for text, doc in docs.items()]
 
 
-@cache
 def training(task: str) -> list[Problem]:
     """What training sees; mini_choice's questions are of mini_gsm's kind."""
+    return _training(draw_code_problem if task == "mini_code" else draw_word_problem)
+
+
+@cache
+def _training(draw: Callable[[Random], Problem]) -> list[Problem]:
     rng = Random(7)
-    draw: Callable[[Random], Problem] = draw_code_problem if task == "mini_code" else draw_word_problem
     return [_train_draw(draw, rng) for _ in range(TRAINING_DRAWS)]
 
 

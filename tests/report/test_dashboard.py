@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_module
+from composed import composed
 
 from dllmq.config import check_cell
 from dllmq.evaluation.tasks import generated_tasks
@@ -212,8 +212,7 @@ def test_every_corner_of_a_sweep_is_a_run_that_passes_the_checks(path, monkeypat
         module, name, multirun, *overrides = arguments(sweep, values, monkeypatch)
         assert (module, name, multirun) == ("-m", "dllmq.run", "-m")
         assert f"name={path.stem}-x1y2z3w4" in overrides and "${" not in "".join(overrides)
-        with initialize_config_module("dllmq.conf", version_base="1.3"):
-            config = check_cell(compose("config", overrides=overrides)).config
+        config = check_cell(composed(*overrides)).config
         assert {name: config.axes()[name] for name in values} == values
 
 
