@@ -27,6 +27,7 @@ from dllmq.estimate import estimate, told
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.task_settings import DEFAULT
 from dllmq.faults import check_writable
+from dllmq.methods import FP
 from dllmq.report.callback import complain, finish_sweep, launcher_of
 from dllmq.workers import enter, pin_gpu, pin_rank
 
@@ -133,12 +134,26 @@ def describe(plan: Plan, name: str) -> str:
     """A dry run's answer."""
     config, recipe = plan.config, plan.recipe
     size = f"{plan.parameters / 1e6:.2f} M parameters" if plan.parameters else "not on this disk, not checked"
-    V = recipe.attention.V
-    values = f"{V}, scale by {recipe.value_scale_name}" if V else "full precision"
     lines = [
         f"{name}: checked, nothing run",
         f"  model        {config.model_path} ({size}), {plan.device}",
         f"  method       {recipe.method}",
+        *([] if isinstance(recipe.method, FP) else describe_quantizing(plan)),
+        f"  tasks        {', '.join(config.tasks.names)}, {config.eval.limit or 'all'} problems each",
+        *(line for name, answer in config.answers().items() for line in describe_answers(plan, name, answer)),
+        *(f"  decoding     approximate, {task}: {how}" for task, how in config.approximations().items()),
+        *(f"  no effect    {line}" for line in plan.inert()),
+        *(f"  {line}" for line in (told(estimate(plan)) if plan.parameters else ())),
+    ]
+    return "\n".join(lines)
+
+
+def describe_quantizing(plan: Plan) -> list[str]:
+    """What is quantized how, and what calibrates."""
+    config, recipe = plan.config, plan.recipe
+    V = recipe.attention.V
+    values = f"{V}, scale by {recipe.value_scale_name}" if V else "full precision"
+    lines = [
         f"  widths       {config.axes()['bits']}",
         f"  weights      {recipe.weights}",
         f"  inputs       {recipe.inputs or 'full precision'}",
@@ -148,13 +163,10 @@ def describe(plan: Plan, name: str) -> str:
         f"  calibration  {recipe.states.name}, {recipe.num_states} sequences from "
         f"{config.calibration.num_prompts} prompts",
         f"  token weight {recipe.token_weight if config.cgq else 'every token alike'}",
-        f"  tasks        {', '.join(config.tasks.names)}, {config.eval.limit or 'all'} problems each",
-        *(line for name, answer in config.answers().items() for line in describe_answers(plan, name, answer)),
-        *(f"  decoding     approximate, {task}: {how}" for task, how in config.approximations().items()),
-        *(f"  no effect    {line}" for line in recipe.inert()),
-        *(f"  {line}" for line in (told(estimate(plan)) if plan.parameters else ())),
     ]
-    return "\n".join(lines)
+    return lines + (
+        [f"  export       {config.export}, into model/ of the run's folder"] if config.export else []
+    )
 
 
 def describe_answers(plan: Plan, name: str, answer: EvalSettings) -> list[str]:

@@ -88,9 +88,7 @@ class HiddenStates:
             file = tempfile.TemporaryFile(dir=folder, prefix=".hidden-states-")  # noqa: SIM115 (closed by close)
         except OSError as error:
             raise self._refused(error) from error
-        log.info(
-            "hidden states: %s on disk, in %s", in_bytes(self.nbytes), folder or tempfile.gettempdir()
-        )
+        log.info("hidden states: %s on disk, in %s", in_bytes(self.nbytes), folder or tempfile.gettempdir())
         return file
 
     def _read(self, index: int) -> Tensor:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from dllmq.calibration.prompts import read_prompts
 from dllmq.checkpoint.formats import EXPORTS, layout_of
+from dllmq.config.effects import inert
 from dllmq.config.loading import load
 from dllmq.config.schema import DTYPES, RunConfig
 from dllmq.config.values import build, choose
@@ -32,6 +33,10 @@ class Plan:
     recipe: Recipe
     device: str
     parameters: int
+
+    def inert(self) -> list[str]:
+        """Keys without effect in this run, each with its reason."""
+        return inert(self.config, self.recipe)
 
 
 def check_cell(cfg: DictConfig, stored: bool = False) -> Plan:
