@@ -37,7 +37,7 @@ from dllmq.models.loading import checkpoint_folder, read_config, skeleton
 from dllmq.models.memory import MemoryPlan, in_bytes, plan_memory
 
 QUESTION = 160  # tokens assumed for a question with its answer, in the prompt of a published task
-GENERATED = 40  # of the generated tasks and the calibration's generated problems
+GENERATED = 34  # of the generated tasks and the calibration's generated problems
 ANSWER, GENERATED_ANSWER, CHOICES = 24, 14, 4  # of a likelihood: tokens of an answer, answers of a problem
 MOST_TOKENS = 2048  # in the forward that is timed
 FACTOR, RATIOS = 1.0, 20  # I^3 of a Cholesky factor and its inverse; candidates of AWQ's scale

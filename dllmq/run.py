@@ -14,8 +14,10 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
@@ -28,11 +30,12 @@ from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.task_settings import DEFAULT
 from dllmq.faults import check_writable
 from dllmq.methods import FP
-from dllmq.report.callback import complain, finish_sweep, launcher_of
+from dllmq.report.callback import complain, finish_sweep, launcher_of, sentence
 from dllmq.workers import enter, pin_gpu, pin_rank
 
 console = Console()
 _given = "the same command"  # as it was typed
+_names_folder_twice = False
 _team: Any = None  # of torchrun
 log = logging.getLogger(__name__)
 
@@ -44,6 +47,8 @@ def run(cfg: DictConfig) -> None:
     folder = Path(hydra_config.runtime.output_dir)
     name = cell_name(hydra_config.job.override_dirname)
     launcher = launcher_of(hydra_config) if sweeping else "basic"
+    if _names_folder_twice:
+        log.warning("no effect: name, hydra.run.dir or hydra.sweep.dir names the folder")
     if not sweeping and launcher_of(hydra_config) != "basic":
         log.warning("no effect: hydra/launcher, without -m this is a single run")
     if launcher != "basic":
@@ -259,12 +264,16 @@ def main() -> None:
     """Entry point."""
     start_logging()
     try:
-        check_choices(sys.argv[1:])
+        check_choices(sys.argv[1:], sweep=not {"-m", "--multirun"}.isdisjoint(sys.argv))
     except ValueError as error:
         complain(str(error))
         sys.exit(1)
-    global _given, _team
+    global _given, _names_folder_twice, _team
     _given = shlex.join(["python", "-m", "dllmq.run", *sys.argv[1:]])
+    keys = [word.partition("=")[0] for word in sys.argv[1:] if "=" in word]
+    _names_folder_twice = "name" in keys and not {"hydra.run.dir", "hydra.sweep.dir"}.isdisjoint(keys)
+    for key in sorted({key for key in keys if keys.count(key) > 1}):
+        log.warning("%s is given %d times; the last one counts", key, keys.count(key))
     if os.environ.get("WORLD_SIZE", "1") != "1":
         _team = join_team(sys.argv[1:])
         if _team.rank > 0:
@@ -275,12 +284,18 @@ def main() -> None:
             return
     sys.argv = [sys.argv[0], *arguments(sys.argv[1:])]
     own = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that what Hydra refuses arrives below and is told in a sentence
     try:
         check_folder(sys.argv[1:])
         hydra.main(version_base="1.3", config_path="pkg://dllmq.conf", config_name="config")(guarded)()
     except KeyboardInterrupt as stop:  # while a launcher waits for its workers
         complain(interrupt.farewell(stop, _given))
         sys.exit(interrupt.exit_code(stop))
+    except (ConfigCompositionException, MissingConfigException, OmegaConfBaseException) as error:
+        if own:
+            raise
+        complain(sentence(error))
+        sys.exit(1)
     except Exception as error:  # only of a launcher: see SweepCallback
         if own:
             raise

@@ -45,7 +45,7 @@ def test_every_stage_counts_the_tokens_that_go_through_the_blocks(folder: Path) 
     config = read_config(folder)[0]
     kv = config.kv_heads * config.head_dim
     block = config.d_model * (2 * config.d_model + 2 * kv + 3 * config.mlp_hidden_size)
-    width = 40 + 16  # prompt and answer
+    width = 34 + 16  # prompt and answer
     head = 16 / 2 * config.d_model * config.embedding_size / block
     a_prompt = 8 * (width * config.n_layers + head)
     assert found.shared["task mini_gsm"] == pytest.approx(10 * a_prompt)
@@ -77,12 +77,12 @@ SAMPLER = ("sampler.gen_length=16", "sampler.steps=8", "sampler.block_length=4")
 @pytest.mark.parametrize(
     ("approximation", "columns", "forwards"),
     [
-        ([], 8 * 56, 8),
-        (["cache=dual"], 4 * 56 + 4 * 4, 8),  # two steps a block: the canvas, then the block
-        (["cache=prefix"], 4 * 56 + 16 + 12 + 8 + 4, 8),
-        (["threshold=0.9"], 16 * 56, 16),  # one token a step at most, whatever the steps
-        (["cache=dual", "threshold=0.9"], 4 * 56 + 3 * 4 * 4, 16),
-        (["cache=prefix", "threshold=0.9"], 4 * 56 + 3 * (16 + 12 + 8 + 4), 16),
+        ([], 8 * 50, 8),
+        (["cache=dual"], 4 * 50 + 4 * 4, 8),  # two steps a block: the canvas, then the block
+        (["cache=prefix"], 4 * 50 + 16 + 12 + 8 + 4, 8),
+        (["threshold=0.9"], 16 * 50, 16),  # one token a step at most, whatever the steps
+        (["cache=dual", "threshold=0.9"], 4 * 50 + 3 * 4 * 4, 16),
+        (["cache=prefix", "threshold=0.9"], 4 * 50 + 3 * (16 + 12 + 8 + 4), 16),
     ],
 )
 def test_a_forward_with_cached_context_costs_the_columns_it_computes(
@@ -119,13 +119,13 @@ def test_what_is_not_known_is_said(folder: Path) -> None:
     lines = "\n".join(told(estimate(plan(folder, *words))))
     assert "threshold=0.9 takes at most 16 forwards an answer, at least 4; how many it saves is not" in lines
     assert (
-        "with cache=dual 4 of an answer's forwards are of all 56 columns, the others of the block's 4"
+        "with cache=dual 4 of an answer's forwards are of all 50 columns, the others of the block's 4"
         in lines
     )
-    assert "prompts of 40 tokens" in lines and "answers are of full length" in lines
+    assert "prompts of 34 tokens" in lines and "answers are of full length" in lines
     config = read_config(folder)[0]
-    kept = 10 * 56 * (2 * config.n_layers * config.kv_heads * config.head_dim + config.d_model) * 2
-    assert f"KV cache     at most about {in_bytes(kept)} (10 prompts of mini_gsm at once, 56 columns" in lines
+    kept = 10 * 50 * (2 * config.n_layers * config.kv_heads * config.head_dim + config.d_model) * 2
+    assert f"KV cache     at most about {in_bytes(kept)} (10 prompts of mini_gsm at once, 50 columns" in lines
     plain = "\n".join(told(estimate(plan(folder, "method=rtn"))))
     assert "KV cache" not in plain and "threshold" not in plain and "cache=" not in plain
 

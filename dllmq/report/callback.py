@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -130,6 +131,8 @@ def write_plan(hydra: Any, launcher: str, planned: list[dict[str, Any]]) -> None
 def sentence(error: Exception) -> str:
     """An error in one line; of Hydra's, without the search path it ends with."""
     text = " ".join(str(error).partition("Config search path:")[0].split())
+    if unknown := re.match(r"Could not override '([^']+)'", text):
+        return f"there is no key {unknown[1]}; conf/config.yaml and the files of its groups have them all."
     return text or type(error).__name__
 
 
