@@ -167,6 +167,6 @@ def _of_answers(config: RunConfig) -> list[str]:
     """A threshold that no confidence reaches."""
     found = {a.sampler.threshold for name, a in config.answers().items() if generates(name)}
     return [
-        f"sampler.threshold: no confidence reaches {value:g}, each step commits one token, the surest"
+        f"sampler.threshold: no confidence reaches {value:g}, so a step commits one token, the most confident"
         for value in sorted(v for v in found if v is not None and v > 1)
     ]
