@@ -97,7 +97,7 @@ def test_what_the_tests_compose_is_what_hydra_does() -> None:
         (["model.path="], ["model.path= is empty", "null"]),
         (["tracker.project="], ["tracker.project= is empty"]),
         (["method=fp", "+method.damp=0.1"], ["no key method.damp", "FP takes none"]),
-        (["method._target_=os.system"], ["method._target_=os.system is no dataclass"]),
+        (["method._target_=os.system"], ["method._target_=os.system is no class"]),
         (["method._target_=null"], ["method._target_=null cannot be imported"]),
         (["method._target_=dllmq.report.tracker.NullTracker"], ["NullTracker is no method"]),
         # widths

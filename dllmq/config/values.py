@@ -94,11 +94,9 @@ def build(key: str, node: Mapping[str, Any]) -> Any:
             f"{key}._target_={in_yaml(target)} cannot be imported: choose a preset, {key}=..., or give the "
             "dotted name of a class."
         ) from error
-    if not (isinstance(cls, type) and is_dataclass(cls)):
-        raise ValueError(
-            f"{key}._target_={target} is no dataclass, whose fields are the keys: see docs/extend.md."
-        )
-    known = {f.name: f for f in fields(cls) if f.init}
+    if not isinstance(cls, type):
+        raise ValueError(f"{key}._target_={target} is no class: choose a preset, {key}=..., or give a class.")
+    known = {f.name: f for f in fields(cls) if f.init} if is_dataclass(cls) else {}
     for name in arguments:
         if name not in known:
             hint = did_you_mean(name, known) if known else f" {cls.__name__} takes none."
