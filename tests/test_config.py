@@ -225,7 +225,7 @@ def test_wrong_input_is_one_sentence(overrides: list[str], said: list[str]) -> N
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("tmass=true", "'tmass'"),
+        ("tmass=true", "there is no key tmass"),
         ("eval.limits=3", "eval.limits"),
         ("method=gptqq", "Available options in 'method': awq fp gptq rtn"),
         ("model=llada", "Available options in 'model'"),

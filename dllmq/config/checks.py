@@ -135,7 +135,7 @@ def _check_ranges(config: RunConfig) -> None:
         )
     if not 0 <= config.seed < 2**62:
         raise ValueError(f"seed={config.seed} is out of range; it is an integer from 0 to 2^62.")
-    if max(config.cgq_unmasked, config.cgq_masked) > 1000:
+    if 1000 < max(config.cgq_unmasked, config.cgq_masked) < float("inf"):
         raise ValueError(
             f"cgq_unmasked={config.cgq_unmasked:g} and cgq_masked={config.cgq_masked:g}: an indicator is "
             "at most 1000; the paper's are 0.7 and 1."
