@@ -268,9 +268,7 @@ def test_words_that_hydra_stumbles_over_are_one_sentence(words: list[str], said:
 
 
 def test_words_that_hydra_reads_are_passed_on() -> None:
-    check_choices(
-        ["-m", "method=awq,gptq", "+experiment=ablation", "experiment=null", "--cfg", "job"], sweep=True
-    )
+    check_choices(["-m", "method=awq,gptq", "+experiment=ablation", "--cfg", "job"], sweep=True)
     check_choices(
         ["hydra/launcher=submitit_slurm", "hydra.launcher.mem_gb=4", "tasks.names=[a,b]", "+new.key=1"]
     )

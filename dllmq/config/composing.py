@@ -101,8 +101,7 @@ def _check_options(group: str, override: Override) -> None:
     """Whether each name is a preset of the group."""
     places = files("dllmq.conf").joinpath(*group.split("/")).iterdir()
     names = sorted(file.name.removesuffix(".yaml") for file in places if file.name.endswith(".yaml"))
-    more = {"experiment": ("null",), "hydra/launcher": _LAUNCHERS}.get(group, ())
-    options = dict.fromkeys([*names, *more])
+    options = dict.fromkeys([*names, *(_LAUNCHERS if group == "hydra/launcher" else ())])
     several = override.is_choice_sweep()
     for name in override.sweep_string_iterator() if several else [override.get_value_element_as_str()]:
         choose(group, name.strip("'\""), options)

@@ -132,7 +132,10 @@ def sentence(error: Exception) -> str:
     """An error in one line; of Hydra's, without the search path it ends with."""
     text = " ".join(str(error).partition("Config search path:")[0].split())
     if unknown := re.match(r"Could not override '([^']+)'", text):
-        return f"there is no key {unknown[1]}; conf/config.yaml and the files of its groups have them all."
+        return (
+            f"there is no key {unknown[1]} here; conf/config.yaml and the files of its groups have the keys, and "
+            f"one that a preset leaves out is given as +{unknown[1]}=<value>."
+        )
     return text or type(error).__name__
 
 
