@@ -133,7 +133,7 @@ def sentence(error: Exception) -> str:
     text = " ".join(str(error).partition("Config search path:")[0].split())
     if unknown := re.match(r"Could not override '([^']+)'", text):
         return (
-            f"there is no key {unknown[1]} here; the keys are in conf/config.yaml and the files of its groups, "
+            f"there is no key {unknown[1]} here; conf/config.yaml and the files of its groups have the keys, "
             f"and one that a preset leaves out is given as +{unknown[1]}=<value>."
         )
     return text or type(error).__name__
