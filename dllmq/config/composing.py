@@ -87,10 +87,13 @@ def _check_word(word: str, groups: set[str], sweep: bool) -> None:
     if override.is_delete():
         raise ValueError(f"{word} deletes a key, which a run cannot do without: give {key}=<value> instead.")
     if override.is_sweep_override() and not sweep:
-        raise ValueError(
-            f"{word} has several values: sweep over them with -m, or write one that holds a comma as "
-            f"'{key}=\"a,b\"' and a list as '{key}=[a,b]'."
+        one = f"write one that holds a comma as '{key}=\"a,b\"' and a list as '{key}=[a,b]'"
+        one = (
+            {"tasks": "run both in one with 'tasks.names=[a,b]'"}.get(key, "name one")
+            if key in groups
+            else one
         )
+        raise ValueError(f"{word} has several values: sweep over them with -m, or {one}.")
     if key in groups:
         _check_options(key, override)
     elif not override.is_add():
