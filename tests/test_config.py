@@ -99,7 +99,7 @@ def test_what_the_tests_compose_is_what_hydra_does() -> None:
         (["method=fp", "+method.damp=0.1"], ["no key method.damp", "FP takes none"]),
         (["method._target_=os.system"], ["method._target_=os.system is no class"]),
         (["method._target_=null"], ["method._target_=null cannot be imported"]),
-        (["method._target_=dllmq.report.tracker.NullTracker"], ["NullTracker is no method"]),
+        (["method=fp", "method._target_=dllmq.report.tracker.NullTracker"], ["is no method"]),
         # widths
         (["bits=w9a4"], ["bits=w9a4", "from 2 to 8"]),
         (["bits=w1a16"], ["bits=w1a16", "from 2 to 8"]),
