@@ -222,12 +222,7 @@ class Cell:
 
     def _compute(self) -> RunRecord:
         config, stages, forwards = self.config, self.stages, ForwardCounter()
-        inert = self.plan.recipe.inert()
-        if config.export is not None and isinstance(self.plan.recipe.method, FP):
-            inert.append("export: full precision is the checkpoint itself")
-        if not config.sampler_config().exact and not config.approximations():
-            on = [name for name in ("cache", "threshold") if name in config.axes()]
-            inert += [f"{name}: no task generates its answers" for name in on]
+        inert = self.plan.inert()
         for line in inert:
             log.warning("no effect: %s", line)
         with stages("load"):

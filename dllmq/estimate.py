@@ -4,13 +4,18 @@ Time is arithmetic over one measured number. A run is forwards of the blocks; th
 token are measured here, on one block of the model's shape with random weights, on the run's device at its
 dtype. Everything else is counted from the config:
 
-    denoising      steps x prompts x (prompt + gen_length) tokens through every block, and the head at half of
-                   the generated positions; twice that with guidance
+    denoising      prompts x steps x (prompt + gen_length) tokens through every block, and the head at half of
+                   the block's positions; twice that with guidance. With a cache only a block's first forward
+                   is of the whole canvas, the others of what the cache leaves to be computed. With a
+                   threshold gen_length steps are the most, one a block the least
     likelihood     problems x choices x mc_num x tokens, and the head at half the answer
     quantizing     per group of linears a partial forward of all states for its statistics, then the solver
 
-What is not known before the task files are read (the length of prompts) is assumed and said. An estimate is
-good to a factor of two; the first cell of a sweep tells better (`python -m dllmq.status`).
+What is not known before the run (the length of prompts, how many steps a threshold saves, where answers end)
+is assumed and said. An estimate is good to a factor of two; the first cell of a sweep tells better
+(`python -m dllmq.status`).
+
+Legend: I, O inputs and outputs of a linear; G generated columns, L those of the canvas, n those of a block.
 """
 
 from __future__ import annotations
@@ -21,19 +26,19 @@ from typing import Any
 
 import torch
 
-from dllmq.config import Plan
+from dllmq.config import Plan, RunConfig
 from dllmq.diffusion import SamplerConfig
 from dllmq.evaluation import benchmarks
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.task_settings import sizes
-from dllmq.evaluation.tasks import published, task_config
+from dllmq.evaluation.tasks import generates, published, task_config
 from dllmq.methods import AWQ, FP
 from dllmq.models.loading import checkpoint_folder, read_config, skeleton
-from dllmq.models.memory import MemoryPlan, plan_memory
+from dllmq.models.memory import MemoryPlan, in_bytes, plan_memory
 
 QUESTION = 160  # tokens assumed for a question with its answer, in the prompt of a published task
-GENERATED = 96  # of the embedded model's tasks
-ANSWER, CHOICES = 24, 4  # of a likelihood: tokens of an answer, answers of a problem
+GENERATED = 34  # of the generated tasks and the calibration's generated problems
+ANSWER, GENERATED_ANSWER, CHOICES = 24, 14, 4  # of a likelihood: tokens of an answer, answers of a problem
 MOST_TOKENS = 2048  # in the forward that is timed
 FACTOR, RATIOS = 1.0, 20  # I^3 of a Cholesky factor and its inverse; candidates of AWQ's scale
 _MEASURED: dict[Any, float] = {}
@@ -41,11 +46,12 @@ _MEASURED: dict[Any, float] = {}
 
 @dataclass(frozen=True)
 class Shape:
-    """What costs: inputs and outputs of a block's linears by group, blocks, width, vocabulary."""
+    """What costs: inputs and outputs of a block's linears by group, blocks, widths, vocabulary."""
 
     groups: tuple[tuple[int, int], ...]  # (I, sum of O)
     blocks: int
     d: int
+    kv: int  # width of the keys, and of the values
     E: int
 
     @property
@@ -61,6 +67,8 @@ class Estimate:
         shared: of full precision; cell: of one quantized cell.
         seconds_per_token: of one block, as measured.
         assumed: what was not known.
+        cached: keys and values that are held while answers are generated, with their bytes; "" without a
+            cache.
     """
 
     shared: dict[str, float]
@@ -68,6 +76,7 @@ class Estimate:
     seconds_per_token: float
     memory: MemoryPlan
     assumed: list[str] = field(default_factory=list)
+    cached: str = ""
 
 
 def estimate(plan: Plan) -> Estimate:
@@ -80,15 +89,14 @@ def estimate(plan: Plan) -> Estimate:
     if key not in _MEASURED:  # the cells of a sweep have one block
         _MEASURED[key] = seconds_per_token(model, plan.device, dtype)
     per_token = _MEASURED[key]
-    assumed: list[str] = []
-    tasks = {f"task {n}": _task_tokens(config, n, a, shape, assumed) for n, a in config.answers().items()}
+    exact = _task_tokens(config.decoded_exactly(), shape)  # full precision's, whatever approximates a cell's
+    tasks = _task_tokens(config, shape)
     calibration = _denoised(config.calibration.num_prompts, GENERATED, recipe.sampler, shape)
     held_out = _denoised(config.eval.fidelity_prompts, GENERATED, recipe.sampler, shape)
     width = GENERATED + recipe.sampler.gen_length
     teacher = config.eval.fidelity_states * width * shape.blocks
-    assumed.append(f"prompts of {GENERATED} tokens for calibration and fidelity")
-    shared = dict(tasks)
-    cell: dict[str, float] = {}
+    shared = dict(exact)
+    cell = dict(tasks) if config.approximations() else {}
     if not isinstance(recipe.method, FP):
         shared["calibration states"] = calibration
         quantizing = quantize_tokens(recipe.method, config.calibration.num_states * width, shape)
@@ -98,7 +106,7 @@ def estimate(plan: Plan) -> Estimate:
     return Estimate(
         {name: tokens * per_token for name, tokens in shared.items()},
         {name: tokens * per_token for name, tokens in cell.items()},
-        per_token, memory, assumed,
+        per_token, memory, _assumptions(config), _cached(config, shape, dtype.itemsize),
     )  # fmt: skip
 
 
@@ -107,7 +115,8 @@ def shape_of(model: Any) -> Shape:
     weights = [[getattr(block, name).weight.shape for name in row.linears] for row in model.topology.groups]
     groups = tuple((shapes[0][1], sum(s[0] for s in shapes)) for shapes in weights)
     E, d = model.get_submodule(model.topology.head).weight.shape
-    return Shape(groups, len(model.blocks), int(d), int(E))
+    kv = model.config.kv_heads * model.config.head_dim
+    return Shape(groups, len(model.blocks), int(d), int(kv), int(E))
 
 
 @torch.no_grad()
@@ -159,30 +168,69 @@ def quantize_tokens(method: Any, tokens: int, shape: Shape) -> float:
     return shape.blocks * flops / per_token
 
 
-def _task_tokens(config: Any, name: str, answer: EvalSettings, shape: Shape, assumed: list[str]) -> float:
-    """Tokens through a block that a task costs."""
+@dataclass(frozen=True)
+class Requests:
+    """What a task asks for: so many prompts, of so many tokens, generated from or scored by likelihood."""
+
+    count: int
+    prompt: int
+    answer: int  # tokens of an answer that is scored
+    shots: int | None = None  # of a published task
+
+
+def requests_of(config: RunConfig, name: str, answer: EvalSettings) -> Requests:
+    """A task's, where the length of its prompts is assumed."""
+    limit = config.eval.limit
     if not published(name):
-        own = task_config(name)
-        count, prompt = config.eval.limit or own["metadata"]["dllmq"]["test_size"], GENERATED
-        kind = own["output_type"]
-    else:
-        subtasks = benchmarks.benchmark(name).subtasks
-        limit = config.eval.limit
-        count = sizes()[name] if limit is None else min(limit * len(subtasks), sizes()[name])
-        shots = subtasks[0].num_fewshot if answer.num_fewshot is None else answer.num_fewshot
-        prompt, kind = QUESTION * (1 + shots), subtasks[0].config["output_type"]
-        assumed.append(f"{name}: prompts of {prompt} tokens ({shots} examples)")
-    if kind == "generate_until":
-        return _denoised(count, prompt, answer.sampler, shape)
-    copies = count * CHOICES * answer.mc_num * (2 if answer.sampler.cfg_scale else 1)
-    return copies * ((prompt + ANSWER) * shape.blocks + _head(ANSWER / 2, shape))
+        size = task_config(name)["metadata"]["dllmq"]["test_size"]
+        return Requests(limit or size, GENERATED, GENERATED_ANSWER)
+    subtasks = benchmarks.benchmark(name).subtasks
+    count = sizes()[name] if limit is None else min(limit * len(subtasks), sizes()[name])
+    shots = subtasks[0].num_fewshot if answer.num_fewshot is None else answer.num_fewshot
+    return Requests(count, QUESTION * (1 + shots), ANSWER, shots)
+
+
+def _task_tokens(config: RunConfig, shape: Shape) -> dict[str, float]:
+    """Tokens through a block that each task costs."""
+    tokens = {}
+    for name, answer in config.answers().items():
+        asked = requests_of(config, name, answer)
+        tokens[f"task {name}"] = (
+            _denoised(asked.count, asked.prompt, answer.sampler, shape)
+            if generates(name)
+            else _scored(asked, answer, shape)
+        )
+    return tokens
+
+
+def _scored(asked: Requests, answer: EvalSettings, shape: Shape) -> float:
+    """Tokens through a block of a task's likelihoods."""
+    copies = asked.count * CHOICES * answer.mc_num * (2 if answer.sampler.cfg_scale else 1)
+    return copies * ((asked.prompt + asked.answer) * shape.blocks + _head(asked.answer / 2, shape))
 
 
 def _denoised(count: int, prompt: int, sampler: SamplerConfig, shape: Shape) -> float:
     """Tokens through a block of `count` prompts denoised to the end; answers that end early cost less."""
-    steps = min(sampler.steps, sampler.gen_length)
-    width = (prompt + sampler.gen_length) * shape.blocks + _head(sampler.block_length / 2, shape)
-    return count * steps * width * (2 if sampler.cfg_scale else 1)
+    columns, forwards = denoised_columns(prompt, sampler)
+    tokens = columns * shape.blocks + forwards * _head(sampler.block_length / 2, shape)
+    return count * tokens * (2 if sampler.cfg_scale else 1)
+
+
+def denoised_columns(prompt: int, sampler: SamplerConfig) -> tuple[int, int]:
+    """Columns that go through every block until one answer of full length is there, and forwards; at most.
+
+    A step that commits nothing is no forward; `steps` plays no part with a threshold. What a cache leaves to
+    be computed attends to the whole canvas, so that a column costs what it costs without one.
+    """
+    G, n, blocks = sampler.gen_length, sampler.block_length, sampler.num_blocks
+    visits = min(sampler.visits_per_block, n)
+    L = prompt + G
+    later = {
+        "none": L * blocks,
+        "prefix": sum(G - block * n for block in range(blocks)),
+        "dual": G,
+    }[sampler.cache]
+    return blocks * L + (visits - 1) * later, blocks * visits
 
 
 def _head(positions: float, shape: Shape) -> float:
@@ -190,18 +238,74 @@ def _head(positions: float, shape: Shape) -> float:
     return positions * shape.d * shape.E / shape.block_weights
 
 
+def _assumptions(config: RunConfig) -> list[str]:
+    """What the arithmetic takes for granted, a sentence each."""
+    found = [
+        "answers are of full length (those that end early take less)",
+        "a quantized forward takes as long as one in full precision",
+        f"generated tasks, calibration and fidelity: prompts of {GENERATED} tokens",
+    ]
+    for name, answer in config.answers().items():
+        asked = requests_of(config, name, answer)
+        if asked.shots is not None:
+            found.append(f"{name}: prompts of {asked.prompt} tokens ({asked.shots} examples)")
+        if not generates(name):
+            found.append(f"{name}: {CHOICES} answers of {asked.answer} tokens, {answer.mc_num} samples each")
+        elif not answer.sampler.exact:
+            found.append(f"{name}: {_approximated(asked.prompt, answer.sampler)}")
+    return found
+
+
+def _approximated(prompt: int, sampler: SamplerConfig) -> str:
+    """How many forwards of what size a cache and a threshold leave, in words."""
+    G, n, blocks = sampler.gen_length, sampler.block_length, sampler.num_blocks
+    forwards = denoised_columns(prompt, sampler)[1]
+    parts = []
+    if sampler.cache != "none":
+        what = (
+            f"the block's {n} columns"
+            if sampler.cache == "dual"
+            else f"{n} to {G} columns, from the block's first"
+        )
+        parts.append(
+            f"with cache={sampler.cache} {blocks} of an answer's forwards are of all {prompt + G} columns, "
+            f"the others of {what}"
+        )
+    if sampler.threshold is not None:
+        parts.append(
+            f"threshold={sampler.threshold:g} takes at most {forwards} forwards an answer, at least "
+            f"{blocks}; how many it saves is not known before the run"
+        )
+    return "; ".join(parts)
+
+
+def _cached(config: RunConfig, shape: Shape, itemsize: int) -> str:
+    """Keys, values and hidden states that the largest cache of a task holds, in words; "" without one."""
+    sizes = {}
+    for name, answer in config.answers().items():
+        if generates(name) and answer.sampler.cache != "none":
+            asked = requests_of(config, name, answer)
+            rows = 1 if isinstance(answer.batch_size, str) else min(answer.batch_size, asked.count)
+            columns = asked.prompt + answer.sampler.gen_length
+            size = rows * columns * (2 * shape.blocks * shape.kv + shape.d) * itemsize
+            sizes[size] = f"{rows} prompt{'s' * (rows > 1)} of {name} at once, {columns} columns each"
+    return f"{in_bytes(max(sizes))} ({sizes[max(sizes)]})" if sizes else ""
+
+
 def told(found: Estimate) -> list[str]:
     """Lines for a dry run."""
     lines = [f"memory       {found.memory}"]
+    lines += [f"KV cache     at most about {found.cached}"] if found.cached else []
     for what, stages in (("shared", found.shared), ("this cell", found.cell)):
         if stages:
             parts = ", ".join(f"{name} {duration(s)}" for name, s in stages.items())
             lines.append(f"time         {what}: at most about {duration(sum(stages.values()))} ({parts})")
-    lines.append(
-        f"             estimated from one block with random weights, {found.seconds_per_token * 1e6:.1f} us "
-        f"a token here; answers that end early take less; assumed: {'; '.join(found.assumed)}"
-    )
-    return lines
+    each = f"{found.seconds_per_token * 1e6:.1f} us"
+    sentences = [
+        f"a token through one block, with random weights, takes {each} here (measured)",
+        *found.assumed,
+    ]
+    return lines + [f"{'assumed' if not i else '':12} {text}" for i, text in enumerate(sentences)]
 
 
 def duration(seconds: float) -> str:

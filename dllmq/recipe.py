@@ -81,7 +81,7 @@ class AttentionGrids:
         Raises:
             ValueError: anything else, or `v`, `pv`, `qkpv` where activations are full precision.
         """
-        text = str(attn_bits).lower()
+        text = str(attn_bits)
         quantized = activation != FULL_PRECISION_BITS
         if text == "none" or (text == "auto" and not quantized):
             return cls()
@@ -92,7 +92,7 @@ class AttentionGrids:
         if text in ("auto", "pv", "v", "qkpv"):
             grid = Grid(activation)
             return cls(P=None if text == "v" else grid, V=grid, QK=grid if text == "qkpv" else None)
-        if text.isdigit() and 2 <= int(text) <= 8:
+        if text in map(str, range(2, 9)):
             return cls(P=Grid(int(text)), V=Grid(int(text)))
         raise ValueError(
             f"attn_bits={attn_bits} is not known; it is auto, none, v, pv, qkpv or a width from 2 to 8."

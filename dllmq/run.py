@@ -29,11 +29,13 @@ from dllmq.estimate import estimate, told
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.task_settings import DEFAULT
 from dllmq.faults import check_writable, in_words
+from dllmq.methods import FP
 from dllmq.report.callback import HYDRAS, complain, finish_sweep, launcher_of
 from dllmq.workers import enter, pin_gpu, pin_rank
 
 console = Console()
 _given = "the same command"  # as it was typed
+_names_folder_twice = False
 _team: Any = None  # of torchrun
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,8 @@ def run(cfg: DictConfig) -> None:
     folder = Path(hydra_config.runtime.output_dir)
     name = cell_name(hydra_config.job.override_dirname)
     launcher = launcher_of(hydra_config) if sweeping else "basic"
+    if _names_folder_twice:
+        log.warning("no effect: name, hydra.run.dir or hydra.sweep.dir names the folder")
     if not sweeping and launcher_of(hydra_config) != "basic":
         log.warning("no effect: hydra/launcher, without -m this is a single run")
     if launcher != "basic":
@@ -135,12 +139,26 @@ def describe(plan: Plan, name: str) -> str:
     """A dry run's answer."""
     config, recipe = plan.config, plan.recipe
     size = f"{plan.parameters / 1e6:.2f} M parameters" if plan.parameters else "not on this disk, not checked"
-    V = recipe.attention.V
-    values = f"{V}, scale by {recipe.value_scale_name}" if V else "full precision"
     lines = [
         f"{name}: checked, nothing run",
         f"  model        {config.model_path} ({size}), {plan.device}",
         f"  method       {recipe.method}",
+        *([] if isinstance(recipe.method, FP) else describe_quantizing(plan)),
+        f"  tasks        {', '.join(config.tasks.names)}, {config.eval.limit or 'all'} problems each",
+        *(line for name, answer in config.answers().items() for line in describe_answers(plan, name, answer)),
+        *(f"  decoding     approximate, {task}: {how}" for task, how in config.approximations().items()),
+        *(f"  no effect    {line}" for line in plan.inert()),
+        *(f"  {line}" for line in (told(estimate(plan)) if plan.parameters else ())),
+    ]
+    return "\n".join(lines)
+
+
+def describe_quantizing(plan: Plan) -> list[str]:
+    """What is quantized how, and what calibrates."""
+    config, recipe = plan.config, plan.recipe
+    V = recipe.attention.V
+    values = f"{V}, scale by {recipe.value_scale_name}" if V else "full precision"
+    lines = [
         f"  widths       {config.axes()['bits']}",
         f"  weights      {recipe.weights}",
         f"  inputs       {recipe.inputs or 'full precision'}",
@@ -150,13 +168,10 @@ def describe(plan: Plan, name: str) -> str:
         f"  calibration  {recipe.states.name}, {recipe.num_states} sequences from "
         f"{config.calibration.num_prompts} prompts",
         f"  token weight {recipe.token_weight if config.cgq else 'every token alike'}",
-        f"  tasks        {', '.join(config.tasks.names)}, {config.eval.limit or 'all'} problems each",
-        *(line for name, answer in config.answers().items() for line in describe_answers(plan, name, answer)),
-        *(f"  decoding     approximate, {task}: {how}" for task, how in config.approximations().items()),
-        *(f"  no effect    {line}" for line in recipe.inert()),
-        *(f"  {line}" for line in (told(estimate(plan)) if plan.parameters else ())),
     ]
-    return "\n".join(lines)
+    return lines + (
+        [f"  export       {config.export}, into model/ of the run's folder"] if config.export else []
+    )
 
 
 def describe_answers(plan: Plan, name: str, answer: EvalSettings) -> list[str]:
@@ -264,8 +279,12 @@ def main() -> None:
     except ValueError as error:
         complain(str(error))
         sys.exit(1)
-    global _given, _team
+    global _given, _names_folder_twice, _team
     _given = shlex.join(["python", "-m", "dllmq.run", *sys.argv[1:]])
+    keys = [word.partition("=")[0] for word in sys.argv[1:] if "=" in word]
+    _names_folder_twice = "name" in keys and not {"hydra.run.dir", "hydra.sweep.dir"}.isdisjoint(keys)
+    for key in sorted({key for key in keys if keys.count(key) > 1}):
+        log.warning("%s is given %d times; the last one counts", key, keys.count(key))
     if os.environ.get("WORLD_SIZE", "1") != "1":
         _team = join_team(sys.argv[1:])
         if _team.rank > 0:

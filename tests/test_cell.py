@@ -294,7 +294,9 @@ def test_a_cache_without_generated_answers_is_recorded_as_without_effect(
     made = cell(tmp_path, "method=fp", "tasks=mini_choice", "sampler.cache=dual", "sampler.threshold=0.9")
     monkeypatch.setattr(Cell, "_load", lambda self: (tiny_model(), None))
     monkeypatch.setattr(Cell, "_baseline", lambda self, shared: record(made.fp_key))
-    assert made.run().inert == [f"{name}: no task generates its answers" for name in ("cache", "threshold")]
+    assert made.run().inert == [
+        f"sampler.{name}: no task generates its answers" for name in ("cache", "threshold")
+    ]
 
 
 def test_a_cell_of_full_precision_is_the_baseline_under_its_own_name(

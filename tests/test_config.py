@@ -20,7 +20,10 @@ from dllmq.config import (
     build,
     cell_name,
     check_cell,
+    check_choices,
     code_digest,
+    compose_plan,
+    effects,
     fingerprint,
     identity,
     load,
@@ -65,19 +68,37 @@ def test_what_the_tests_compose_is_what_hydra_does() -> None:
         (["+tracker.projects=x"], ["no key tracker.projects", "Did you mean project?"]),
         (["method._target_=dllmq.methods.GPTQQ"], ["method._target_=dllmq.methods.GPTQQ cannot be imported"]),
         # types
-        (["tmas=maybe"], ["tmas", "'maybe'", "bool"]),
-        (["cgq=maybe"], ["cgq", "'maybe'", "bool"]),
-        (["iaaq=2.5"], ["iaaq", "2.5", "bool"]),
-        (["cgq_unmasked=little"], ["cgq_unmasked", "'little'", "loat"]),
-        (["seed=zero"], ["seed", "'zero'", "nteger"]),
-        (["seed=null"], ["seed"]),
-        (["eval.limit=many"], ["eval.limit", "'many'"]),
-        (["symmetric=2.5"], ["symmetric", "bool"]),
-        (["calibration.shares=[a,b]"], ["calibration.shares", "'a'"]),
-        (["calibration.shares=0.5"], ["shares"]),
-        (["tasks.names=mini_gsm"], ["names"]),
-        (["method.damp=much"], ["method.damp", "'much'"]),
-        (["method.act_order=perhaps"], ["method.act_order", "'perhaps'"]),
+        (["tmas=maybe"], ["tmas=maybe", "true or false"]),
+        (["cgq=maybe"], ["cgq=maybe", "true or false"]),
+        (["iaaq=2.5"], ["iaaq=2.5", "true or false"]),
+        (["cgq_unmasked=little"], ["cgq_unmasked=little", "a number"]),
+        (["seed=zero"], ["seed=zero", "an integer"]),
+        (["seed=null"], ["seed=null", "an integer"]),
+        (["eval.limit=many"], ["eval.limit=many", "an integer or null"]),
+        (["symmetric=2.5"], ["symmetric=2.5", "true or false"]),
+        (["calibration.shares=[a,b]"], ["calibration.shares=[a,b]", "a list of numbers"]),
+        (["calibration.shares=0.5"], ["shares=0.5", "[0.3,0.7]"]),
+        (["tasks.names=mini_gsm"], ["tasks.names=mini_gsm", "[a,b]"]),
+        (["method.damp=much"], ["method.damp=much", "a number"]),
+        (["method.act_order=perhaps"], ["method.act_order=perhaps", "true or false"]),
+        (["bits=null"], ["bits=null", "a word"]),
+        (["bits=[w4a4]"], ["bits=[w4a4]", "a word"]),
+        (["group_size=1e9"], ["group_size=1000000000.0", "an integer"]),
+        (["symmetric=2"], ["symmetric=2", "true or false"]),
+        (["method=awq", "method.clip=2"], ["method.clip=2", "true or false"]),
+        (["seed=true"], ["seed=true", "an integer"]),
+        (["eval.batch_size=2.5"], ["eval.batch_size=2.5", "an integer or a word"]),
+        (["eval.limit=all"], ["eval.limit=all", "an integer or null"]),
+        (["calibration.shares=null"], ["calibration.shares=null", "a list of numbers"]),
+        (["tasks.names=[mini_gsm,null]"], ["tasks.names=[mini_gsm,null]", "a list of names"]),
+        (["max_state_bytes=16GB"], ["max_state_bytes=16GB", "an integer or null"]),
+        (["cache_dir="], ["cache_dir= is empty", "null"]),
+        (["model.path="], ["model.path= is empty", "null"]),
+        (["tracker.project="], ["tracker.project= is empty"]),
+        (["method=fp", "+method.damp=0.1"], ["no key method.damp", "FP takes none"]),
+        (["method._target_=os.system"], ["method._target_=os.system is no class"]),
+        (["method._target_=null"], ["method._target_=null cannot be imported"]),
+        (["method=fp", "method._target_=dllmq.report.tracker.NullTracker"], ["is no method"]),
         # widths
         (["bits=w9a4"], ["bits=w9a4", "from 2 to 8"]),
         (["bits=w1a16"], ["bits=w1a16", "from 2 to 8"]),
@@ -93,6 +114,9 @@ def test_what_the_tests_compose_is_what_hydra_does() -> None:
         (["act_group_size=100"], ["act_group_size=100", "256"]),
         (["group_size=-2"], ["group_size=-2", "-1"]),
         (["act_group_size=0"], ["act_group_size=0", "-1"]),
+        (["model.default_bits=w9a9"], ["model.default_bits=w9a9", "from 2 to 8"]),
+        (["attn_bits=PV"], ["attn_bits=PV", "pv"]),
+        (['attn_bits="²"'], ["attn_bits=²", "2 to 8"]),
         # techniques, also where they are off
         (["cgq_unmasked=-1"], ["cgq_unmasked=-1", ">= 0"]),
         (["cgq_unmasked=nan", "cgq=true"], ["cgq_unmasked=nan", "finite"]),
@@ -106,8 +130,18 @@ def test_what_the_tests_compose_is_what_hydra_does() -> None:
         (["value_scale=x"], ["value_scale=x", "minmax, mse, iaaq"]),
         (["value_scale=minmx", "iaaq=true"], ["value_scale=minmx", "Did you mean minmax?"]),
         # values
-        (["method.damp=0"], ["damp", "positive"]),
-        (["method.block_size=0"], ["block_size", "positive"]),
+        (["method.damp=0"], ["method.damp is 0", "positive"]),
+        (["method.block_size=0"], ["method.block_size is 0", "positive"]),
+        (["method=awq", "method.n_grid=1000000"], ["method.n_grid=1000000", "at most 1000"]),
+        (["cgq_unmasked=1e38"], ["cgq_unmasked=1e+38", "at most 1000"]),
+        (["calibration.num_states=1000000000000"], ["num_states=1000000000000", "at most 1000000"]),
+        (["eval.batch_size=99999999999"], ["eval.batch_size=99999999999", "at most 100000"]),
+        (["eval.fidelity_states=100000000000"], ["too large", "at most 1000000"]),
+        (["threads=100000"], ["threads=100000", "at most 1024"]),
+        (["tasks.num_fewshot=-1"], ["tasks.num_fewshot=-1", "at least 0"]),
+        (["tasks.data_dir=/nowhere"], ["tasks.data_dir=/nowhere is no folder"]),
+        ([f"cache_dir={__file__}"], ["cache_dir=", "is a file", "or null"]),
+        ([f"cache_dir={__file__}/x"], ["cache_dir=", "is a file"]),
         (["method=awq", "method.solver=gptqq"], ["solver", "'gptq'"]),
         (["calibration.states=random"], ["calibration.states=random", "Did you mean random_mask?"]),
         (["calibration.states=random", "tmas=true"], ["calibration.states=random"]),
@@ -157,11 +191,17 @@ def test_what_the_tests_compose_is_what_hydra_does() -> None:
         # the sampler
         (["sampler.gen_length=50"], ["gen_length=50", "multiple of block_length"]),
         (["sampler.steps=7"], ["steps=7", "multiple of the number of blocks"]),
-        (["sampler.temperature=-1"], ["temperature", "-1"]),
+        (["sampler.temperature=-1"], ["sampler.temperature=-1", "at least 0"]),
+        (["sampler.temperature=nan"], ["sampler.temperature must be a finite number", "nan"]),
+        (["sampler.temperature=1e300"], ["sampler.temperature=1e+300", "at most 100"]),
+        (["sampler.gen_length=0"], ["sampler.gen_length=0", "at least 1"]),
+        (["sampler.block_length=20"], ["sampler.gen_length must be a multiple", "block_length=20"]),
+        (["sampler.steps=2"], ["sampler.steps (the total)", "steps=2"]),
         (["sampler.remasking=low_confidense"], ["low_confidense", "Did you mean low_confidence?"]),
         (["sampler.cache=duel"], ["cache=duel", "Did you mean dual?"]),
-        (["sampler.threshold=much"], ["sampler.threshold", "'much'", "loat"]),
-        (["sampler.threshold=-0.9"], ["threshold", "-0.9"]),
+        (["sampler.threshold=much"], ["sampler.threshold=much", "a number or null"]),
+        (["sampler.threshold=-0.9"], ["sampler.threshold must be", "-0.9"]),
+        (["sampler.threshold=inf"], ["sampler.threshold must be", "inf"]),
         (["sampler.cache=dual", "sampler.cfg_scale=1.5"], ["cache=dual", "cfg_scale=0"]),
         (
             ["sampler.threshold=0.9", "sampler.remasking=random"],
@@ -179,6 +219,41 @@ def test_wrong_input_is_one_sentence(overrides: list[str], said: list[str]) -> N
     text = str(caught.value)
     assert "\n" not in text and text.rstrip()[-1] in ".?", text
     assert [part for part in said if part not in text] == [], text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tmass=true"], "there is no key tmass. Did you mean tmas?"),
+        (["sampler.stepz=3"], "there is no key sampler.stepz. Did you mean steps?"),
+        (["method=gptqq"], "method=gptqq is not known. Did you mean gptq? Known: awq, fp, gptq, rtn."),
+        (["method=null"], "method=null is not known."),
+        (["tasks=mini_chioce"], "tasks=mini_chioce is not known. Did you mean mini_choice?"),
+        (["tasks=mini_gsm,mini_choice"], "tasks holds a comma: sweep over the values with -m"),
+        (["experiment=ablatoin"], "Did you mean ablation?"),
+        (["hydra/launcher=dllmq_jobli"], "Did you mean dllmq_joblib?"),
+        (["tmas"], "tmas"),
+        (["bits=²"], "bits=²"),
+        (["=3"], "=3"),
+        (["~sampler.steps"], "~sampler.steps deletes a key"),
+        (["model=[mini]"], "model=[mini] is a list or a dict"),
+    ],
+    ids=str,
+)
+def test_words_that_hydra_stumbles_over_are_one_sentence(words: list[str], said: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        compose_plan(words)
+    text = str(caught.value)
+    assert said in text and "\n" not in text and len(text) > 20
+    print(text)
+
+
+def test_words_that_hydra_reads_are_passed_on() -> None:
+    check_choices(["-m", "method=awq,gptq", "+experiment=ablation", "--cfg", "job"])
+    check_choices(
+        ["hydra/launcher=submitit_slurm", "hydra.launcher.mem_gb=4", "tasks.names=[a,b]", "+new.key=1"]
+    )
+    check_choices(["method.damp=0.1", "tracker.project='a,b'", "--config-name", "x", "seed=${oc.env:X,1}"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the sentence is about a machine without CUDA")
@@ -343,6 +418,74 @@ def test_iaaq_is_a_value_of_the_scale_slot(
 )
 def test_a_switch_without_effect_is_named(overrides: list[str], inert: list[str]) -> None:
     found = config(*overrides).recipe().inert()
+    assert len(found) == len(inert), found
+    assert all(line.startswith(start) for line, start in zip(found, inert, strict=True)), found
+
+
+UNCALIBRATED = ["method=rtn", "attn_bits=none"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "inert"),
+    [
+        ([], []),
+        (["tmas=true", "calibration.states=uniform"], ["calibration.states: tmas=true"]),
+        (["calibration.shares=[1,0]"], ["calibration.shares: only TMAS"]),
+        (["tmas=true", "calibration.shares=[1,0]"], []),
+        (["cgq_unmasked=0.3"], ["cgq_unmasked: cgq=false"]),
+        (["cgq=true", "tmas=true", "cgq_unmasked=0.3", "cgq_masked=2"], []),
+        (["cgq=true", "cgq_unmasked_confidence=model", "cgq_masked=2"], ["cgq_masked: clean text"]),
+        (["iaaq_alpha_min=0.5"], ["iaaq_alpha_min: no scale"]),
+        (["iaaq=true", "iaaq_alpha_min=0.5"], []),
+        (["iaaq=true", "value_scale=mse"], ["value_scale: iaaq=true"]),
+        (["bits=w4a16", "act_group_size=32", "act_symmetric=true", "value_granularity=tensor"],
+         ["value_granularity: V", "act_group_size: inputs", "act_symmetric: inputs"]),
+        (["bits=w4a8", "act_group_size=32", "value_granularity=tensor"], []),
+        (["method.static_groups=true"], ["method.static_groups: group_size=-1"]),
+        (["method.static_groups=true", "group_size=32"], []),
+        ([*UNCALIBRATED, "seed=1", "calibration.num_prompts=4", "calibration.data=DATA"],
+         ["seed: RTN reads"]),  # the held-out prompts are the ones after those
+        ([*UNCALIBRATED, "calibration.num_prompts=4", "calibration.batch_size=3"],
+         ["calibration.num_prompts: RTN reads"]),
+        ([*UNCALIBRATED, "eval.fidelity_states=0", "eval.fidelity_prompts=2", "calibration.batch_size=3"],
+         ["calibration.batch_size: RTN reads", "eval.fidelity_prompts: eval.fidelity_states=0"]),
+        (["method=rtn", "seed=1", "calibration.num_states=3"], []),  # V's range is read from states
+        (["method=fp", "export=gptq"], ["export: full precision is the checkpoint itself, so nothing"]),
+        (["method=fp", "bits=w4a4", "seed=1", "eval.fidelity_states=0", "backend=packed"],
+         ["bits: full", "backend: full", "seed: full", "eval.fidelity_states: fidelity"]),
+        (["method=fp", "tasks=mini_choice", "sampler.steps=24", "sampler.cfg_scale=1"],
+         ["sampler.steps: no task generates"]),
+        (["tasks=mini_choice", "sampler.steps=24"], []),  # calibration denoises
+        (["tasks=mini_choice", "sampler.cache=dual", "eval.eos_cut=none", "eval.batch_size=3"],
+         ["sampler.cache: no task", "eval.eos_cut: no task", "eval.batch_size: no task"]),
+        (["tasks=mini_gsm", "eval.mc_num=16", "eval.mc_batch_size=4"], 
+         ["eval.mc_num: no task", "eval.mc_batch_size: no task"]),
+        (["eval.allow_code_execution=true", "tasks.data_dir=FOLDER"],
+         ["eval.allow_code_execution: no task", "tasks.data_dir: the tasks'"]),
+        (["tasks=mini_code", "eval.allow_code_execution=true"], []),
+        (["model.default_bits=w3a4", "bits=w4a4"], ["model.default_bits: bits=w4a4"]),
+        (["model.default_bits=w3a4", "model.path=MODEL"], ["model.default_bits: it is the embedded"]),
+        (["model.default_bits=w3a4"], []),
+        (["model.sampler.steps=24", "sampler.steps=12"], ["model.sampler.steps: sampler.steps=12"]),
+        (["model.sampler.steps=24"], []),
+        (["model.chat_template=true", "tasks.chat_template=false"], ["model.chat_template: tasks."]),
+        (["tasks.chat_template=true", "tasks.add_bos=true"], ["tasks.add_bos: a chat template"]),
+        (["sampler.threshold=0.9"], []),
+        (["sampler.threshold=1"], []),
+        (["sampler.threshold=1.5"], ["sampler.threshold: no confidence reaches 1.5, so a step commits one"]),
+        (["sampler.threshold=1.5", "tasks=mini_choice"], ["sampler.threshold: no task generates"]),
+    ],
+    ids=lambda words: " ".join(words) if not words or "=" in words[0].partition(":")[0] else "",
+)  # fmt: skip
+def test_a_key_without_effect_is_named_where_it_is_set(
+    overrides: list[str], inert: list[str], tmp_path: Path
+) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "a"}\n' * 40)
+    places = {"DATA": str(data), "FOLDER": str(tmp_path), "MODEL": str(EMBEDDED)}
+    words = [f"{k}={places.get(v, v)}" for k, _, v in (word.partition("=") for word in overrides)]
+    config = load(composed(*words))
+    found = [line for line in effects.inert(config, config.recipe()) if not line.startswith("cgq: ")]
     assert len(found) == len(inert), found
     assert all(line.startswith(start) for line, start in zip(found, inert, strict=True)), found
 

@@ -19,6 +19,7 @@ from dllmq.diffusion import SamplerConfig
 from dllmq.evaluation import fidelity
 from dllmq.methods import AWQ, GPTQ, RTN
 from dllmq.models import load_model
+from dllmq.models.memory import in_bytes
 from dllmq.models.streaming import StreamedBlocks, is_streamed, log_reading
 from dllmq.numerics import Grid
 from dllmq.pipeline import QuantizationReport, quantize, quantized_linears, set_backend
@@ -161,7 +162,7 @@ def test_what_a_forward_reads_by_hand(llada: Path, caplog: pytest.LogCaptureFixt
         log_reading(load_model(llada), "trajectories", 8)
         assert caplog.text == ""
         log_reading(streamed, "trajectories", 10**6)
-    assert f"1000000 forwards, {stored / 1e3:.1f} GB in all" in caplog.text
+    assert f"1000000 forwards, {in_bytes(1e6 * stored)} in all" in caplog.text
 
 
 # Trajectories and measurements --------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_the_plan_of_a_made_checkpoint_is_described(checkpoint: Path, data: Path
         (["tasks=mini_gsm", "tasks.num_fewshot=1"], "mini_gsm takes no examples"),
         (["tasks=humaneval", "tasks.data_dir={data}"], "Scoring humaneval runs programs"),
         (["tasks.names=[gsm8kk]"], "Did you mean gsm8k?"),
-        (["tasks.num_fewshot=-1"], "num_fewshot must be an integer >= 0"),
+        (["tasks.num_fewshot=-1"], "tasks.num_fewshot=-1 is too small"),
         (["+tasks.explicit=[]"], "there is no key tasks.explicit"),
         (["+explicit=[a]"], "there is no key explicit"),
     ],

@@ -25,7 +25,7 @@ import dllmq.mini
 from dllmq.diffusion import SamplerConfig
 from dllmq.models.llada import LLaDA, LLaDAConfig
 from dllmq.models.loading import load_model, read_config, skeleton
-from dllmq.models.memory import free_memory
+from dllmq.models.memory import free_memory, in_bytes
 
 EMBEDDED = Path(dllmq.mini.__file__).parent / "weights"
 _PUBLISHED: dict[str, Any] = dict(vocab_size=126464, mask_token_id=126336, eos_token_id=126081)
@@ -98,8 +98,8 @@ def check_room(shape: str, device: torch.device, dtype: torch.dtype, room: float
     needed, free = parameters(shape) * dtype.itemsize * room, free_memory(str(device))
     if free is not None and needed > free:
         raise ValueError(
-            f"{shape} needs about {needed / 1e9:.0f} GB ({room:g} times its weights in "
-            f"{str(dtype).removeprefix('torch.')}), but {device} has {free / 1e9:.1f} GB free: use a smaller "
+            f"{shape} needs about {in_bytes(needed)} ({room:g} times its weights in "
+            f"{str(dtype).removeprefix('torch.')}), but {device} has {in_bytes(free)} free: use a smaller "
             "--shape, or a larger machine."
         )
 

@@ -19,6 +19,8 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from dllmq.models.memory import in_bytes
+
 log = logging.getLogger(__name__)
 
 
@@ -86,8 +88,7 @@ class HiddenStates:
             file = tempfile.TemporaryFile(dir=folder, prefix=".hidden-states-")  # noqa: SIM115 (closed by close)
         except OSError as error:
             raise self._refused(error) from error
-        gigabytes = self.nbytes / 1e9
-        log.info("hidden states: %.2f GB on disk, in %s", gigabytes, folder or tempfile.gettempdir())
+        log.info("hidden states: %s on disk, in %s", in_bytes(self.nbytes), folder or tempfile.gettempdir())
         return file
 
     def _read(self, index: int) -> Tensor:
@@ -110,7 +111,7 @@ class HiddenStates:
     def _refused(self, error: OSError) -> ValueError:
         where = self.spill.folder or tempfile.gettempdir()
         return ValueError(
-            f"the calibration's hidden states take {self.nbytes / 1e9:.2f} GB, more than max_state_bytes="
+            f"the calibration's hidden states take {in_bytes(self.nbytes)}, more than max_state_bytes="
             f"{self.spill.max_bytes}, and cannot be put on disk in {where} ({error.strerror or error}): free "
             "space there, raise max_state_bytes, or lower calibration.num_states."
         )

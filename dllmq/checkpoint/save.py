@@ -33,6 +33,7 @@ from dllmq.models.attention import QuantizedProduct
 from dllmq.models.base import Block, Topology
 from dllmq.models.linear import QuantLinear
 from dllmq.models.loading import weight_files
+from dllmq.models.memory import in_bytes
 from dllmq.models.stored import DENSE, RECORD, Stored, stored_values, to_config, to_record
 from dllmq.numerics import Grid, Params
 from dllmq.numerics.layouts import encode
@@ -98,7 +99,7 @@ def save_quantized(
         stored = describe(settings, layout)
         write_companions(writer, stored, model.topology.head, source_folder, record)
         size = writer.finish()
-    log.info("exported %s: %.1f MB, %s; %s", folder, size / 1e6, layout, seen_by_others(stored))
+    log.info("exported %s: %s, %s; %s", folder, in_bytes(size), layout, seen_by_others(stored))
     return size
 
 

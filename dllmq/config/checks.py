@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from omegaconf import DictConfig
 
 from dllmq.calibration.prompts import read_prompts
 from dllmq.checkpoint.formats import EXPORTS, layout_of
+from dllmq.config.effects import inert
 from dllmq.config.loading import load
 from dllmq.config.schema import DTYPES, RunConfig
 from dllmq.config.values import build, choose
@@ -33,6 +35,10 @@ class Plan:
     recipe: Recipe
     device: str
     parameters: int
+
+    def inert(self) -> list[str]:
+        """Keys without effect in this run, each with its reason."""
+        return inert(self.config, self.recipe)
 
 
 def check_cell(cfg: DictConfig, stored: bool = False) -> Plan:
@@ -61,13 +67,15 @@ def check_cell(cfg: DictConfig, stored: bool = False) -> Plan:
     choose("backend", config.backend, dict.fromkeys(BACKENDS))
     choose("memory", config.memory, dict.fromkeys(MEMORY))
     _check_calibration(config, recipe)
+    if (count := getattr(recipe.method, "n_grid", 1)) > 1000:
+        raise ValueError(f"method.n_grid={count} is too large; it must be at most 1000.")
+    _check_cache_dir(config)
     device = device_of(config)
     if config.dry_run and config.model.path is not None and is_hub_id(config.model.path):
         return Plan(config, recipe, device, 0)  # a dry run downloads nothing
     folder = checkpoint_folder(config.model_path)
     model = _checked_skeleton(folder, stored)
-    if config.chat_template or any(answer.chat_template for answer in answers.values()):
-        check_chat_template(folder)
+    _check_prompts(config, folder)
     check_sampler(model.config, recipe.sampler)
     for answer in answers.values():
         check_sampler(model.config, answer.sampler)
@@ -96,29 +104,44 @@ def _checked_skeleton(folder: Path, stored: bool) -> Any:
     return check_folder(folder, found).model
 
 
+# Least value, and one beyond which there is no run: a slip of the finger.
+_RANGES = {
+    "calibration.num_states": (1, 10**6),
+    "calibration.num_prompts": (1, 10**6),
+    "calibration.batch_size": (1, 10**5),
+    "eval.batch_size": (1, 10**5),
+    "eval.fidelity_states": (0, 10**6),
+    "eval.fidelity_prompts": (1, 10**6),
+    "eval.limit": (1, None),
+    "max_state_bytes": (0, None),
+    "threads": (1, 1024),
+    "sampler.gen_length": (1, 10**5),
+    "sampler.steps": (1, 10**5),
+    "sampler.temperature": (0, 100),
+    "sampler.cfg_scale": (0, 100),
+    "tasks.num_fewshot": (0, 1000),
+}
+
+
 def _check_ranges(config: RunConfig) -> None:
-    for node, name, least in (
-        (config.eval, "batch_size", 1),
-        (config.calibration, "num_states", 1),
-        (config.calibration, "num_prompts", 1),
-        (config.calibration, "batch_size", 1),
-        (config.eval, "fidelity_states", 0),
-        (config.eval, "fidelity_prompts", 1),
-        (config.eval, "limit", 1),
-        (config, "max_state_bytes", 0),
-    ):
-        value = getattr(node, name)
-        if isinstance(value, int) and value < least:
-            group = {id(config.eval): "eval.", id(config.calibration): "calibration."}.get(id(node), "")
-            raise ValueError(f"{group}{name}={value} is too small; it must be at least {least}.")
+    for key, (least, most) in _RANGES.items():
+        group, _, name = key.rpartition(".")
+        value = getattr(getattr(config, group) if group else config, name)
+        if isinstance(value, int | float) and value < least:
+            raise ValueError(f"{key}={value} is too small; it must be at least {least}.")
+        if isinstance(value, int | float) and most is not None and value > most:
+            raise ValueError(f"{key}={value} is too large; it must be at most {most}.")
     if isinstance(config.eval.batch_size, str) and config.eval.batch_size != "auto":
         raise ValueError(
             f"eval.batch_size={config.eval.batch_size} is not known; it is a positive integer, or auto."
         )
-    if config.threads is not None and config.threads < 1:
-        raise ValueError(f"threads={config.threads} is too small; it must be at least 1, or null.")
     if not 0 <= config.seed < 2**62:
         raise ValueError(f"seed={config.seed} is out of range; it is an integer from 0 to 2^62.")
+    if 1000 < max(config.cgq_unmasked, config.cgq_masked) < float("inf"):
+        raise ValueError(
+            f"cgq_unmasked={config.cgq_unmasked:g} and cgq_masked={config.cgq_masked:g}: an indicator is "
+            "at most 1000; the paper's are 0.7 and 1."
+        )
     if config.group_size < -1:
         raise ValueError(
             f"group_size={config.group_size} is not known; it is -1 (one scale per output channel), 0 "
@@ -128,6 +151,31 @@ def _check_ranges(config: RunConfig) -> None:
         raise ValueError(
             f"act_group_size={config.act_group_size} is not known; it is -1 (one scale per token) or a "
             "positive number of its channels."
+        )
+
+
+def _check_cache_dir(config: RunConfig) -> None:
+    place = Path(config.cache_dir or ".").expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(
+            f"cache_dir={config.cache_dir} cannot be made, {place} is a file: give a folder, or null."
+        )
+
+
+def _check_prompts(config: RunConfig, folder: Path) -> None:
+    """Whether the tokenizer's files have the chat template and the BOS token that are asked for."""
+    if config.chat_template or any(answer.chat_template for answer in config.answers().values()):
+        check_chat_template(folder)
+    files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    try:
+        known = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    except (OSError, ValueError):
+        return  # reading the tokenizer says what is wrong with it
+    if known and config.add_bos and not config.chat_template and not any(v.get("bos_token") for v in known):
+        raise ValueError(
+            f"add_bos=true, but the tokenizer in {folder} has no BOS token: set tasks.add_bos=false."
         )
 
 

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from dllmq.config.checks import Plan, check_cell
+from dllmq.config.values import choose
 from dllmq.models.stored import RECORD
 from dllmq.refusals import refusal
 
@@ -47,19 +48,36 @@ def _whole(choices: list[str]) -> DictConfig:
 
 
 def check_choices(overrides: Sequence[str]) -> None:
-    """Refuses a list or dict in the place of a preset's name, over which Hydra stumbles without a word.
+    """Refuses what Hydra accepts, or stumbles over without a word; what it refuses is told by `refused`.
+
+    Args:
+        overrides: words of a command line; flags are passed over.
 
     Raises:
-        ValueError: naming the group.
+        ValueError: one sentence.
     """
-    groups = {entry.name for entry in files("dllmq.conf").iterdir() if entry.is_dir()}
-    for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
+    groups = {entry.name for entry in files("dllmq.conf").iterdir() if entry.is_dir()} - {"hydra"}
+    for word in overrides:
+        key, _, value = word.lstrip("+~").partition("=")
         if key in groups and value.strip().startswith(("[", "{")):
             raise ValueError(
                 f"{key}={value} is a list or a dict, but {key} is the name of one preset: give a name, or "
                 f"sweep over several with -m {key}=a,b."
             )
+        if word.startswith("~") and not key.startswith("hydra"):
+            raise ValueError(
+                f"{word} deletes a key, which a run cannot do without: give {key}=<value> instead."
+            )
+        if key == "hydra/launcher":  # which a dry run goes without
+            choose(key, value.strip("'\""), dict.fromkeys([*_our_launchers(), *_LAUNCHERS]))
+
+
+_LAUNCHERS = ("basic", "joblib", "submitit_local", "submitit_slurm", "ray", "ray_aws", "rq")  # not ours
+
+
+def _our_launchers() -> list[str]:
+    places = files("dllmq.conf").joinpath("hydra", "launcher").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in places if file.name.endswith(".yaml"))
 
 
 def preset_of(model: str) -> str | None:

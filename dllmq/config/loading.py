@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dllmq.config.schema import RunConfig
-from dllmq.config.values import did_you_mean
+from dllmq.config.values import check_loose, did_you_mean, kind_of, wrong_type
 
 
 def load(cfg: DictConfig) -> RunConfig:
@@ -21,11 +21,16 @@ def load(cfg: DictConfig) -> RunConfig:
     schema = OmegaConf.structured(RunConfig)
     _refuse_unknown(cfg, RunConfig, "")
     try:
-        merged = OmegaConf.merge(schema, OmegaConf.to_container(cfg, resolve=True))
-        config = OmegaConf.to_object(merged)
+        values = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         key, first = getattr(error, "full_key", None), str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"{key}: {first}." if key else f"{first}.") from error
+    _refuse_loose(values, "")
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(schema, values))
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", "")).partition("[")[0]
+        raise wrong_type(key, _at(values, key), kind_of(RunConfig, key)) from error
     assert isinstance(config, RunConfig)
     return replace(config, explicit=_explicit(cfg))
 
@@ -50,6 +55,22 @@ _NOT_ANSWERS = (
     "limit", "batch_size", "allow_code_execution", "fidelity_states", "fidelity_prompts",
     "names", "data_dir", "settings",
 )  # fmt: skip
+
+
+def _at(values: Any, key: str) -> Any:
+    for name in key.split("."):
+        values = values.get(name) if isinstance(values, dict) else None
+    return values
+
+
+def _refuse_loose(values: Any, prefix: str) -> None:
+    """See values.check_loose; nodes that a class describes are checked where they are built."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            _refuse_loose(value, f"{key}.")
+        elif (kind := kind_of(RunConfig, key)) is not None:
+            check_loose(key, value, kind)
 
 
 def _refuse_unknown(node: DictConfig, schema: Any, prefix: str) -> None:

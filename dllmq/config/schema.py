@@ -16,11 +16,12 @@ from omegaconf import OmegaConf
 
 from dllmq.calibration.states import CleanText, RandomMask, StateSampler, UniformTrajectory
 from dllmq.calibration.values import MinMax, ValueScale
-from dllmq.config.values import build, choose
+from dllmq.config.values import build, choose, naming_group
 from dllmq.diffusion import SamplerConfig
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.task_settings import DEFAULT, apply_row, find, published
 from dllmq.evaluation.tasks import generates, runs_code
+from dllmq.methods import Method
 from dllmq.numerics import Grid
 from dllmq.recipe import FULL_PRECISION_BITS, AttentionGrids, Bits, Recipe, TokenWeight, uniform_weight
 from dllmq.techniques.cgq import CGQ
@@ -164,7 +165,10 @@ class RunConfig:
         if self.bits != "auto":
             return Bits.parse(self.bits)
         own_checkpoint = self.model.name == "mini" and not self.embedded
-        return Bits.parse("w4a4" if own_checkpoint else self.model.default_bits)
+        try:
+            return Bits.parse("w4a4" if own_checkpoint else self.model.default_bits)
+        except ValueError as error:
+            raise ValueError(f"model.default_{error}") from error
 
     def dtype(self) -> str:
         """`model.dtype`, auto resolved: float32 for the embedded model, bfloat16 otherwise."""
@@ -183,7 +187,8 @@ class RunConfig:
     def sampler_config(self) -> SamplerConfig:
         """How tasks are answered. Calibration and fidelity use `made_exact()` of it: their states are those
         of the published process whatever approximates the answers, so that runs compare like with like."""
-        return SamplerConfig(**vars(self.sampler))
+        with naming_group("sampler", vars(self.sampler)):
+            return SamplerConfig(**vars(self.sampler))
 
     def approximations(self) -> dict[str, str]:
         """{task: "cache=dual, threshold=0.9"} of the tasks whose answers are decoded approximately."""
@@ -270,8 +275,11 @@ class RunConfig:
         quantized = bits.activation != FULL_PRECISION_BITS
         inputs = Grid(bits.activation, self.act_group_size, self.act_symmetric) if quantized else None
         name, value_scale = self.value_scale_of()
+        method = build("method", self.method)
+        if not isinstance(method, Method):
+            raise ValueError(f"method._target_={self.method['_target_']} is no method: see docs/extend.md.")
         return Recipe(
-            method=build("method", self.method),
+            method=method,
             weights=Grid(bits.weight, self.group_size, self.symmetric),
             inputs=inputs,
             attention=AttentionGrids.parse(self.attn_bits, bits.activation),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from typing import Any
+from pkgutil import resolve_name
+from types import UnionType
+from typing import Any, get_args, get_type_hints
 
-from hydra.utils import get_class
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -20,6 +23,56 @@ def choose(key: str, value: str, table: Mapping[str, Any]) -> Any:
     return table[value]
 
 
+def kind_of(cls: type, key: str) -> Any:
+    """The type of a dataclass's field, by its dotted key; None for a key that is not there or has no type."""
+    kind: Any = cls
+    for name in key.split("."):
+        kind = get_type_hints(kind).get(name) if is_dataclass(kind) else None
+    return kind
+
+
+def wrong_type(key: str, value: Any, kind: Any) -> ValueError:
+    """Of "seed=zero": one sentence with what came and what is allowed."""
+    options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    allowed = " or ".join(_KINDS.get(option, "another value") for option in options)
+    return ValueError(f"{key}={in_yaml(value)} is not allowed: it must be {allowed}.")
+
+
+_KINDS = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a word",
+    list[float]: "a list of numbers, such as [0.3,0.7]",
+    list[str]: "a list of names, such as [a,b]",
+    type(None): "null",
+}
+
+
+def in_yaml(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(in_yaml, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{in_yaml(v)}" for k, v in value.items()) + "}"
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def check_loose(key: str, value: Any, kind: Any) -> None:
+    """Refuses what OmegaConf would take: 2 for true, true for 1, and "" where null is meant.
+
+    Raises:
+        ValueError: see `wrong_type`.
+    """
+    options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    number_as_switch = bool in options and isinstance(value, int) and value not in (0, 1)
+    switch_as_number = isinstance(value, bool) and bool not in options and bool({int, float} & {*options})
+    if number_as_switch or switch_as_number:
+        raise wrong_type(key, value, kind)
+    if value == "" and {str, type(None)} & {*options}:
+        raise ValueError(f"{key}= is empty: give a value{', or null' if type(None) in options else ''}.")
+
+
 def build(key: str, node: Mapping[str, Any]) -> Any:
     """The dataclass that `_target_` names, from the node's other keys, types checked.
 
@@ -27,20 +80,42 @@ def build(key: str, node: Mapping[str, Any]) -> Any:
         ValueError: no such class, an unknown field, a wrong type, or what the class itself refuses.
     """
     arguments = {k: v for k, v in node.items() if k != "_target_"}
+    target = node.get("_target_")
     try:
-        cls = get_class(str(node.get("_target_")))
-    except Exception as error:
-        raise ValueError(f"{key}._target_={node.get('_target_')} cannot be imported.") from error
+        cls = resolve_name(str(target))
+    except Exception as error:  # importing a module of the user's can raise anything
+        raise ValueError(
+            f"{key}._target_={in_yaml(target)} cannot be imported: choose a preset, {key}=..., or give the "
+            "dotted name of a class."
+        ) from error
+    if not isinstance(cls, type):
+        raise ValueError(f"{key}._target_={target} is no class: choose a preset, {key}=..., or give a class.")
     known = {f.name: f for f in fields(cls) if f.init} if is_dataclass(cls) else {}
     for name in arguments:
         if name not in known:
-            raise ValueError(f"there is no key {key}.{name}.{did_you_mean(name, known)}")
+            hint = did_you_mean(name, known) if known else f" {cls.__name__} takes none."
+            raise ValueError(f"there is no key {key}.{name}.{hint}")
     if not arguments:
         return cls()
     if any(isinstance(value, Mapping) for value in arguments.values()):
         raise ValueError(f"{key} takes no nested keys; its fields are {', '.join(known)}.")
+    for name, value in arguments.items():
+        check_loose(f"{key}.{name}", value, kind_of(cls, name))
     try:
         typed = OmegaConf.merge(OmegaConf.structured(cls), arguments)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{key}.{error.full_key}: {str(error).splitlines()[0]}.") from error
-    return cls(**{k: v for k, v in OmegaConf.to_container(typed).items() if k in arguments})  # type: ignore[union-attr]
+        name = str(error.full_key).partition("[")[0]
+        raise wrong_type(f"{key}.{name}", arguments.get(name), kind_of(cls, name)) from error
+    plain = {k: v for k, v in OmegaConf.to_container(typed).items() if k in arguments}  # type: ignore[union-attr]
+    with naming_group(key, known):
+        return cls(**plain)
+
+
+@contextmanager
+def naming_group(group: str, names: Collection[str]) -> Iterator[None]:
+    """Makes "sampler.steps must be ..." of a dataclass's "steps must be ...", as the user wrote it."""
+    try:
+        yield
+    except ValueError as error:
+        first = re.match(r"\w*", str(error))
+        raise ValueError(f"{group}.{error}" if first and first[0] in names else str(error)) from error

@@ -47,8 +47,8 @@ class MemoryPlan:
         return self.mode != "whole"
 
     def __str__(self) -> str:
-        free = "unknown" if self.free_bytes is None else f"{self.free_bytes / 1e9:.1f} GB"
-        return f"{self.mode} (weights {self.weight_bytes / 1e9:.1f} GB, free {free})"
+        free = "unknown" if self.free_bytes is None else in_bytes(self.free_bytes)
+        return f"{self.mode} (weights {in_bytes(self.weight_bytes)}, free {free})"
 
 
 def plan_memory(
@@ -71,6 +71,15 @@ def plan_memory(
     room = SHARE * free
     mode = "whole" if weights + parameters <= room else "compact" if weights <= room else "stream"
     return MemoryPlan(mode, weights, free)
+
+
+def in_bytes(count: int | float) -> str:
+    """A size as a person reads it, in powers of ten: "16.0 GB", "7.2 MB", "512 bytes"."""
+    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= 0.9995 * scale:  # 999.6 MB would be printed as 1000 MB
+            value = count / scale
+            return f"{value:.1f} {unit}" if value < 99.95 else f"{value:.0f} {unit}"
+    return f"{count:.0f} bytes"
 
 
 def resident_bytes(model: nn.Module) -> int:

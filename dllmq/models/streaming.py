@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from dllmq.models.base import Block
 from dllmq.models.linear import QuantLinear
+from dllmq.models.memory import in_bytes
 
 log = logging.getLogger(__name__)
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -170,9 +171,9 @@ def log_reading(model: Any, what: str, forwards: int | None) -> None:
     """One line about what full precision reads where its blocks stream; nothing where they are loaded."""
     if not is_streamed(model):
         return
-    each = model.blocks.bytes_per_forward / 1e9
-    total = "" if forwards is None else f", {forwards} forwards, {each * forwards:.1f} GB in all"
+    each = model.blocks.bytes_per_forward
+    total = "" if forwards is None else f", {forwards} forwards, {in_bytes(each * forwards)} in all"
     log.info(
-        "%s: the blocks stream from the checkpoint, %.2f GB a forward%s; a larger batch makes fewer forwards",
-        *(what, each, total),
+        "%s: the blocks stream from the checkpoint, %s a forward%s; a larger batch makes fewer forwards",
+        *(what, in_bytes(each), total),
     )

@@ -171,10 +171,11 @@ def twin(sweep: Sweep, group: Group, toggle: str) -> Group | None:
 
 
 def inert_reason(record: RunRecord, switch: str) -> str | None:
-    """Why a switch has no effect in this run, None when it has; records say "cgq" or "cgq: why"."""
+    """Why an axis has no effect in this run, None when it has; records say "cgq", "cgq: why" or, with the
+    key's group, "calibration.states: why"."""
     for text in map(str, record.inert):
         name, _, reason = text.partition(":")
-        if name.strip() == switch:
+        if name.strip().rpartition(".")[2] == switch:
             return reason.strip() or "it is recorded as inert"
     return None
 

@@ -9,7 +9,7 @@ from torch import nn
 from dllmq.methods.rtn import round_to_nearest
 from dllmq.models import memory
 from dllmq.models.linear import QuantLinear
-from dllmq.models.memory import MemoryPlan, free_memory, plan_memory, resident_bytes
+from dllmq.models.memory import MemoryPlan, free_memory, in_bytes, plan_memory, resident_bytes
 from dllmq.numerics import Grid
 
 GB = 10**9
@@ -67,6 +67,18 @@ def test_a_system_that_tells_nothing_loads_whole(monkeypatch: pytest.MonkeyPatch
 
 def test_the_plan_in_words() -> None:
     assert str(MemoryPlan("compact", 16 * GB, 22_500_000_000)) == "compact (weights 16.0 GB, free 22.5 GB)"
+    assert str(MemoryPlan("whole", 7_220_000, GB)) == "whole (weights 7.2 MB, free 1.0 GB)"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        *((0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (14_440_000, "14.4 MB")),
+        *((103_000_000, "103 MB"), (999_600_000, "1.0 GB"), (16.03e9, "16.0 GB"), (2.5e12, "2500 GB")),
+    ],
+)
+def test_sizes_are_read_at_a_glance(count: int | float, text: str) -> None:
+    assert in_bytes(count) == text
 
 
 def test_free_memory_of_the_machine(tmp_path: Path) -> None:
