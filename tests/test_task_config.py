@@ -124,6 +124,7 @@ def test_layout_of_prompts() -> None:
 
 
 def test_the_plan_of_a_made_checkpoint_is_described(checkpoint: Path, data: Path) -> None:
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")  # an instruct checkpoint has one
     words = ["model=llada_8b_instruct", "tasks.names=[gsm8k,humaneval]", "tasks.settings=fast_dllm"]
     words += ["eval.allow_code_execution=true", "sampler.steps=128"]
     plan = check_cell(composed(*words, f"model.path={checkpoint}", f"tasks.data_dir={data}"))
@@ -154,7 +155,7 @@ def test_the_plan_of_a_made_checkpoint_is_described(checkpoint: Path, data: Path
         (["tasks=mini_gsm", "tasks.num_fewshot=1"], "mini_gsm takes no examples"),
         (["tasks=humaneval", "tasks.data_dir={data}"], "Scoring humaneval runs programs"),
         (["tasks.names=[gsm8kk]"], "Did you mean gsm8k?"),
-        (["tasks.num_fewshot=-1"], "num_fewshot must be an integer >= 0"),
+        (["tasks.num_fewshot=-1"], "tasks.num_fewshot=-1 is too small"),
         (["+tasks.explicit=[]"], "there is no key tasks.explicit"),
         (["+explicit=[a]"], "there is no key explicit"),
     ],
