@@ -56,7 +56,6 @@ def test_full_precision_weights_are_another_method(text: str) -> None:
         ("none", 16, None, None),
         ("v", 4, None, 4),
         ("pv", 6, 6, 6),
-        ("PV", 6, 6, 6),
         ("8", 4, 8, 8),
         (3, 16, 3, 3),
     ],

@@ -123,6 +123,7 @@ def test_layout_of_prompts() -> None:
 
 
 def test_the_plan_of_a_made_checkpoint_is_described(checkpoint: Path, data: Path) -> None:
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")  # an instruct checkpoint has one
     words = ["model=llada_8b_instruct", "tasks.names=[gsm8k,humaneval]", "tasks.settings=fast_dllm"]
     words += ["eval.allow_code_execution=true", "sampler.steps=128", "tasks.chat_template=false"]
     plan = check_cell(composed(*words, f"model.path={checkpoint}", f"tasks.data_dir={data}"))
