@@ -36,7 +36,9 @@ from dllmq.report.heartbeat import HEARTBEAT, LOG
 from dllmq.report.results import BASELINE, RESULTS, STATUS, files_named, read_json, read_status
 
 SILENT_AFTER = 90.0  # seconds; NFS may show a file's time of change a minute late
-_BETWEEN = re.compile(r",(?=[+~]*[A-Za-z_][\w./@]*=)")  # overrides in a folder's name; not the commas of a list
+_BETWEEN = re.compile(
+    r",(?=[+~]*[A-Za-z_][\w./@]*=)"
+)  # overrides in a folder's name; not the commas of a list
 _WIDE = 120  # columns, from which running cells are a table
 QUIET_AFTER = 30.0  # seconds without progress, after which the log's last line is shown
 DONE, RUNNING, FAILED, SILENT, INTERRUPTED, WAITING = (

@@ -92,6 +92,12 @@ def is_share(metric: str) -> bool:
     return bool(_SHARE.match(metric))
 
 
+def metric_title(metric: str, between: str = ",\n") -> str:
+    """lm-eval's "exact_match,strict-match" as a heading, the filter on its own line; "acc" for "acc,none"."""
+    name, _, kept = metric.partition(",")
+    return name if kept in ("", "none") else f"{name}{between}{kept}"
+
+
 def lower_is_better(metric: str) -> bool:
     return bool(_LOWER.search(metric))
 
@@ -214,6 +220,12 @@ def mean(records: Sequence[RunRecord], measure: Measure) -> Mean | None:
     counts = {e["n"] for e in found}
     n = counts.pop() if len(counts) == 1 else None
     return Mean(math.fsum(per_seed) / len(per_seed), stderr, n, per_seed)
+
+
+def held_out_prompts(sweep: Sweep) -> int | None:
+    """How many prompts the fidelity figures are from; None where runs differ or did not record them."""
+    counts = {len(r.fidelity_per_prompt.get("kl", ())) for r in sweep.records if r.fidelity}
+    return counts.pop() or None if len(counts) == 1 else None
 
 
 def columns(records: Sequence[RunRecord], measure: Measure) -> np.ndarray | None:
