@@ -28,7 +28,7 @@ PRIMARY = (
     "acc",
 )
 _SHARE = re.compile(r"^(exact_match|acc|acc_norm|pass@\d+|pass_at_\d+|f1|mc[12])\b")
-_OFF = {"states": "clean", "value_scale": "minmax"}  # axes with an off-state, as a switch has
+OFF = {"states": "clean", "value_scale": "minmax"}  # axes with an off-state, as a switch has
 _LOWER = re.compile(r"perplexity|bits_per_byte|nll|loss|^kl\b")
 
 
@@ -249,7 +249,7 @@ def label(axes: dict[str, Any], varying: Iterable[str], without: str | None = No
     words = [str(axes.get("method", "run"))]
     words += [str(axes[k]) for k in ("bits",) if k in varying and k in axes]
     rest = [k for k in varying if k not in ("method", "bits", without) and k in axes]
-    words += [f"{k}={axes[k]}" for k in rest if not isinstance(axes[k], bool) and _OFF.get(k) != axes[k]]
+    words += [f"{k}={axes[k]}" for k in rest if not isinstance(axes[k], bool) and OFF.get(k) != axes[k]]
     words += [f"+{k}" for k in rest if axes[k] is True]
     return " ".join(words)
 

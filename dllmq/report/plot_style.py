@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
-from dllmq.report.groups import Group, groups, label, varying_axes, varying_toggles
+from dllmq.report.groups import OFF, Group, groups, label, varying_axes, varying_toggles
 from dllmq.report.results import Sweep
 from dllmq.report.words import folded
 
@@ -150,7 +150,7 @@ def _index(keys: Iterable[Hashable]) -> dict[Hashable, int]:
 
 
 def _words(axes: dict[str, Any], names: list[str]) -> str:
-    here = {k: axes[k] for k in names if axes.get(k, False) is not False}
+    here = {k: axes[k] for k in names if axes.get(k, False) is not False and axes[k] != OFF.get(k)}
     words = [f"+{k}" if value is True else _value(k, value) for k, value in here.items()]
     return " ".join(words) or "all off"
 
@@ -198,8 +198,8 @@ def legend(figure: Figure, handles: list[Line2D], length: float = 2.6) -> None:
         handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5,
         handlelength=length, columnspacing=1.4,
     )  # fmt: skip
-    folds = max(str(h.get_label()).count("\n") for h in handles)
-    figure.set_figheight(figure.get_figheight() + (0.19 + 0.14 * folds) * rows)
+    folds = sum(str(h.get_label()).count("\n") for h in handles)  # none where there are several columns
+    figure.set_figheight(figure.get_figheight() + 0.19 * rows + 0.14 * folds)
 
 
 def value_axis(axis: Axes, values: list[float | int], name: str, log: bool) -> None:

@@ -277,6 +277,13 @@ def test_a_point_below_another_one_is_a_ring_around_it(decoding):
     assert sizes[:6] == [14.5, 14.5, 12.0, 9.5, 7.0, 4.5]
 
 
+def test_what_is_off_is_not_in_a_legend():
+    ways = [{"states": s, "tmas": t} for s in ("clean", "uniform") for t in (False, True)]
+    sweep = Sweep("s", tuple(record(m, **way) for m in ("rtn", "awq", "gptq") for way in ways), None, ())
+    keys = [line.key for line in lines_of(sweep)]
+    assert keys[:4] == ["all off", "+tmas", "states=uniform", "states=uniform +tmas"]
+
+
 def test_the_names_of_a_legend_are_folded_and_not_cut():
     models = [f"/projects/quantization/checkpoints/{name}/LLaDA-8B-Instruct" for name in ("first", "second")]
     sweep = Sweep("s", tuple(record(model=m) for m in models), None, ())
