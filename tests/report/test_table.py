@@ -13,6 +13,7 @@ from dllmq.report.cells import delta_cell, kl_text, p_text
 from dllmq.report.compare import Delta, delta, effects
 from dllmq.report.effect_tables import effects_table, main_effects_table
 from dllmq.report.groups import label, metric_title, primary_metric, varying_axes
+from dllmq.report.html import headline
 from dllmq.report.results import Sweep, load_sweep
 from dllmq.report.table import Cell, Column, Row, Table, fit, to_html, to_markdown, to_rich
 from dllmq.report.tables import cost_table, first_line, results_table, sweep_tables
@@ -422,3 +423,11 @@ def test_fidelity_is_explained_with_its_number_of_prompts():
     notes = " ".join(results_table(Sweep("s", (run,), None, ())).footnotes)
     assert "trajectory; ± is over their 32 prompts." in notes and "same most likely token" in notes
     assert "the same," not in notes and "argmax@k" not in notes  # not measured
+
+
+def test_full_precision_is_not_called_quantized_nor_compared_with_itself():
+    alone = Sweep("s", (baseline(),), baseline(), ())
+    assert "against" not in headline(alone)
+    assert "against the same model" in headline(Sweep("s", (baseline(), cells()[0]), baseline(), ()))
+    (weights,) = (note for note in cost_table(alone).footnotes if note.startswith("Weights"))
+    assert "full precision's, at 16 bits" in weights
