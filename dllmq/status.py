@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -35,6 +36,9 @@ from dllmq.report.heartbeat import HEARTBEAT, LOG
 from dllmq.report.results import BASELINE, RESULTS, STATUS, files_named, read_json, read_status
 
 SILENT_AFTER = 90.0  # seconds; NFS may show a file's time of change a minute late
+_BETWEEN = re.compile(
+    r",(?=[+~]*[A-Za-z_][\w./@]*=)"
+)  # overrides in a folder's name; not the commas of a list
 _WIDE = 120  # columns, from which running cells are a table
 QUIET_AFTER = 30.0  # seconds without progress, after which the log's last line is shown
 DONE, RUNNING, FAILED, SILENT, INTERRUPTED, WAITING = (
@@ -215,11 +219,15 @@ def _line(text: str) -> str:
 
 
 def label(cells: Sequence[CellState]) -> list[CellState]:
-    """Each cell with the overrides that not every cell has; its folder's name where there are none."""
-    every = set.intersection(*(set(cell.overrides) for cell in cells))
+    """Each cell with the overrides that not every cell has; its folder's name where there are none.
+
+    Without a plan the folder's name is split into its overrides at the commas between them.
+    """
+    words = [cell.overrides or tuple(_BETWEEN.split(_line(cell.name))) for cell in cells]
+    every = set.intersection(*map(set, words))
     return [
-        replace(cell, label=_line(" ".join(o for o in cell.overrides if o not in every)) or _line(cell.name))
-        for cell in cells
+        replace(cell, label=_line(" ".join(o for o in own if o not in every)) or _line(cell.name))
+        for cell, own in zip(cells, words, strict=True)
     ]
 
 
@@ -248,24 +256,30 @@ def _method(cell: CellState) -> str:
 # ------------------------------------------------------------------ showing
 
 
-def show(sweep: SweepState, width: int) -> RenderableType:
-    """What a terminal of so many columns gets; nothing of a cell is read as markup."""
+def show(sweep: SweepState, width: int, copied: bool = False) -> RenderableType:
+    """What a terminal of so many columns gets; nothing of a cell is read as markup.
+
+    Args:
+        copied: folders, logs and commands are one line each, however long, so that a terminal that wraps
+            them still copies them whole; print it with crop=False. Otherwise they are folded at the edge.
+    """
+    line = _whole if copied else _folded
     counts = ", ".join(f"{n} {state}" for state, n in sweep.counts.items())
     parts: list[RenderableType] = [
-        Text(sweep.folder, style="bold", overflow="fold"),
-        Text(f"{len(sweep.cells)} cells: {counts}"),
+        line(sweep.folder, style="bold"),
+        Text(f"{len(sweep.cells)} cell{'s' * (len(sweep.cells) != 1)}: {counts}"),
     ]
     if running := sweep.of(RUNNING):
         rows = [running_table(running)] if width >= _WIDE else _running_lines(running)
         parts += ["", *rows, *_quiet(running)]
     for state in (SILENT, INTERRUPTED):
-        parts += [row for cell in sweep.of(state) for row in _stopped(cell)]
+        parts += [row for cell in sweep.of(state) for row in _stopped(cell, line)]
     for cell in sweep.of(FAILED):
-        parts += ["", Text(f"failed: {cell.label}", style="red"), _indented(cell.error)]
-        parts += [_indented(f"log: {cell.log}")] if cell.log else []
-    parts += ["", Text(remaining(sweep))]
+        parts += ["", line(f"failed: {cell.label}", style="red"), _folded(f"  {cell.error}")]
+        parts += [line(f"  log: {cell.log}")] if cell.log else []
+    parts += ["", line(remaining(sweep))]
     if sweep.command and not running and sweep.counts.get(DONE, 0) < len(sweep.cells):
-        parts += [Text("continue with"), _indented(sweep.command)]
+        parts += [Text("continue with"), line(f"  {sweep.command}")]
     return Group(*parts)
 
 
@@ -290,8 +304,8 @@ def _running_lines(cells: Sequence[CellState]) -> Iterator[RenderableType]:
     for cell in cells:
         done = f", {cell.done} of {cell.total}, {span(cell.left_s)} left" if cell.total else ""
         yield Text(f"running for {span(cell.seconds)}: {cell.label}")
-        yield _indented(f"{cell.stage}{done}")
-        yield _indented(f"on {cell.host}, process {cell.pid}, last sign {span(cell.age_s)} ago")
+        yield _folded(f"  {cell.stage}{done}")
+        yield _folded(f"  on {cell.host}, process {cell.pid}, last sign {span(cell.age_s)} ago")
 
 
 def _quiet(cells: Sequence[CellState]) -> Iterator[RenderableType]:
@@ -299,22 +313,29 @@ def _quiet(cells: Sequence[CellState]) -> Iterator[RenderableType]:
     for cell in cells:
         if cell.said and (cell.since_progress_s or 0.0) > QUIET_AFTER:
             yield Text(f"{cell.label}: no progress for {span(cell.since_progress_s)}; last said")
-            yield _indented(cell.said)
+            yield _folded(f"  {cell.said}")
 
 
-def _stopped(cell: CellState) -> Iterator[RenderableType]:
+def _stopped(cell: CellState, line: Callable[..., RenderableType]) -> Iterator[RenderableType]:
     what = "interrupted" if cell.state == INTERRUPTED else "no sign of life for"
     ago = " ago" if cell.state == INTERRUPTED else ""
     yield ""
-    yield Text(f"{what} {span(cell.age_s)}{ago}: {cell.label}", style="yellow")
+    yield line(f"{what} {span(cell.age_s)}{ago}: {cell.label}", style="yellow")
     at = f"{cell.stage}, {cell.done} of {cell.total}" if cell.total else cell.stage
-    yield _indented(f"{at}, on {cell.host}, process {cell.pid}; the same command continues it")
+    yield _folded(f"  {at}, on {cell.host}, process {cell.pid}; the same command continues it")
     if cell.log:
-        yield _indented(f"log: {cell.log}")
+        yield line(f"  log: {cell.log}")
 
 
-def _indented(text: str) -> RenderableType:
-    return Padding(Text(text, overflow="fold"), (0, 0, 0, 2))
+def _whole(text: str, style: str = "") -> RenderableType:
+    """One line, however long."""
+    return Text(text, style=style, no_wrap=True, overflow="ignore")
+
+
+def _folded(text: str, style: str = "") -> RenderableType:
+    """Folded at the edge, further lines indented as far as the first one."""
+    indent = len(text) - len(text.lstrip())
+    return Padding(Text(text[indent:], style=style, overflow="fold"), (0, 0, 0, indent), expand=False)
 
 
 def remaining(sweep: SweepState) -> str:
@@ -375,7 +396,7 @@ def main(argv: list[str] | None = None) -> int:
             watch(args.folder, max(0.5, args.watch), Console(highlight=False))
         else:
             console = Console(highlight=False)
-            console.print(show(read_sweep(args.folder), console.width))
+            console.print(show(read_sweep(args.folder), console.width, copied=True), crop=False)
     except ValueError as error:
         print(f"dllmq.status: {error}", file=sys.stderr)
         return 2

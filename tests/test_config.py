@@ -229,7 +229,10 @@ def test_wrong_input_is_one_sentence(overrides: list[str], said: list[str]) -> N
         (["method=gptqq"], "method=gptqq is not known. Did you mean gptq? Known: awq, fp, gptq, rtn."),
         (["method=null"], "method=null names no preset of method"),
         (["tasks=mini_chioce"], "tasks=mini_chioce is not known. Did you mean mini_choice?"),
-        (["tasks=mini_gsm,mini_choice"], "tasks=mini_gsm,mini_choice holds a comma: sweep over the values with -m"),
+        (
+            ["tasks=mini_gsm,mini_choice"],
+            "tasks=mini_gsm,mini_choice holds a comma: sweep over the values with -m",
+        ),
         (["experiment=ablatoin"], "Did you mean ablation?"),
         (["hydra/launcher=dllmq_jobli"], "Did you mean dllmq_joblib?"),
         (["tmas"], "tmas"),

@@ -126,6 +126,26 @@ def test_no_line_is_wider_than_the_terminal_and_nothing_is_obeyed(sweep: Path, w
     assert "[bold]x[/bold]" in text and "\x1b" not in text
 
 
+def test_logs_and_commands_can_be_copied_from_a_narrow_terminal(
+    sweep: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    beat(sweep / "method=rtn,seed=1", ended="interrupted")
+    (sweep / "method=rtn,seed=1" / LOG).write_text("")
+    assert main([str(sweep)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for cell in ("method=gptq,seed=1", "method=rtn,seed=1"):
+        assert f"  log: outputs/ablation/{cell}/{LOG}" in lines
+    assert "  python -m dllmq.run -m method=rtn,gptq,awq" in lines
+
+
+def test_cells_without_a_plan_are_called_by_what_tells_them_apart(tmp_path: Path) -> None:
+    names = ("method=awq,seed=0,tmas=True", "method=awq,seed=1,tmas=True,calibration.shares=_0.1,0.9")
+    for name in names:
+        beat(tmp_path / name)
+    assert [c.label for c in read_sweep(tmp_path).cells] == ["seed=0", "seed=1 calibration.shares=_0.1,0.9"]
+
+
 def test_a_young_heartbeat_wins_over_what_an_earlier_attempt_left(sweep: Path) -> None:
     beat(sweep / "method=gptq,seed=1")
     beat(sweep / "method=gptq,seed=0")

@@ -114,6 +114,12 @@ in the same run, interleaved: the plain loop of LLaDA's published code, GPTQ's A
 """
 
 
+QUICK = (
+    "`python -m dllmq.bench --quick` runs every section at toy sizes, in under a minute: a trial of the\n"
+    "program, not a measurement."
+)
+
+
 def write_study(folder: Path) -> str:
     """Writes table.md, the figures and README.md of a folder; returns the page.
 
@@ -143,8 +149,9 @@ def write_tables(folder: Path) -> None:
 
 def readme(sections: Sequence[Section], on_gpu: Sequence[Section], notes: str = "") -> str:
     """The page."""
-    commands = list(dict.fromkeys(section.command for section in sections))
-    lines = ["```", *commands, "python -m dllmq.bench --report experiments/speed", "```"]
+    measured = [section for section in sections if not section.quick] or sections
+    commands = list(dict.fromkeys(section.command for section in measured))
+    lines = ["```", *commands, "python -m dllmq.bench --report experiments/speed", "```", "", QUICK]
     parts = [QUESTION.rstrip("\n"), "\n".join(lines), _gpu_words(on_gpu), verdict([*sections, *on_gpu])]
     parts += [notes.strip()] if notes.strip() else []
     parts += [f"![{s.section}, {s.shape}](figures/{name_of(s)}.png)" for s in sections if _is_drawn(s)]

@@ -15,7 +15,17 @@ from typing import Any
 
 from dllmq.report.cells import delta_cell, doubtful, number_cell, p_cell, score_cell, tests_used
 from dllmq.report.compare import Delta, delta, holm_corrected, matched
-from dllmq.report.groups import Group, as_group, groups, is_share, label, score, tasks, varying_axes
+from dllmq.report.groups import (
+    Group,
+    as_group,
+    groups,
+    is_share,
+    label,
+    metric_title,
+    score,
+    tasks,
+    varying_axes,
+)
 from dllmq.report.results import Sweep
 from dllmq.report.table import EMPTY, KEEP, Cell, Column, Row, Table
 
@@ -97,7 +107,7 @@ def decoding_table(sweep: Sweep) -> Table:
     columns = [Column("decoding", KEEP, numeric=False)]
     for i, (task, metric) in enumerate(task_metrics.items()):
         unit = " %" if is_share(metric) else ""
-        columns.append(Column(f"{task}\n{metric.removesuffix(',none')}{unit}", 20 + i, compact=task))
+        columns.append(Column(f"{task}\n{metric_title(metric)}{unit}", 20 + i, compact=task))
         columns.append(Column(f"{task}\nΔ exact [95 %]", 10 + i if i else KEEP, compact="\nΔ exact"))
         columns.append(Column(f"{task}\np (Holm)", 30 + i, compact="Holm\np"))
     columns += [

@@ -126,23 +126,23 @@ def draw_run(
     """A panel with the canvas and, below, where the run is."""
     share = 1 - frame.mask_ratio
     bar = "━" * round(20 * share)
-    status = Text(f"step {frame.step + 1:>3}/{frame.num_steps}  masked {frame.masked:>3}/{len(frame.ids)} ")
+    status = Text(f"step {frame.step + 1:>3}/{frame.num_steps}  masked {frame.masked:>3}/{len(frame.ids)}\n")
     status.append(bar, colour(1.0)).append("━" * (20 - len(bar)), "bright_black")
     fresh = [c for c, new in zip(frame.confidence, frame.fresh, strict=True) if new]
     if fresh:
-        status.append(f"  committed at {min(fresh):.2f}", colour(min(fresh)))
+        status.append(f"  committed at {min(fresh):.2f} or more", colour(min(fresh)))
     return Panel(
         Group(draw_response(frame, end_ids, differs), Text(), status), title=title, title_align="left"
     )
 
 
 def draw_screen(prompt: str, panels: Sequence[Panel], notes: Sequence[str] = ()) -> RenderableType:
-    """The prompt, the runs side by side, and what is to be said at the end."""
+    """The prompt, the runs side by side, what the signs mean, and what is to be said at the end."""
     grid = Table.grid(expand=True, padding=(0, 1))
     for _ in panels:
         grid.add_column(ratio=1)
     grid.add_row(*panels)
-    lines = [Text(note) for note in notes]
+    lines = [_legend(len(panels) > 1), *(Text(note) for note in notes)]
     return Group(Panel(Text(prompt.strip()), title="prompt", title_align="left", style="dim"), grid, *lines)
 
 
@@ -171,9 +171,18 @@ def describe(comparison: Comparison, reference: Sequence[Frame], other: Sequence
     a, b = (_at(state_at(frames, comparison.step), where) for frames in (reference, other))
     return (
         f"{text}; the runs first differ at step {comparison.step + 1} of {reference[0].num_steps} (mask "
-        f"ratio {comparison.mask_ratio:.2f}), position {where}: {a} in full precision, {b} quantized."
+        f"ratio {comparison.mask_ratio:.2f}), position {where}: {a} in full precision, {b} in the quantized "
+        "model."
     )
 
 
 def _at(frame: Frame, position: int) -> str:
     return "a mask" if frame.ids[position] is None else repr(frame.pieces[position])
+
+
+def _legend(compared: bool) -> Text:
+    text = Text("confidence ", "dim")
+    for share in (0.0, 0.5, 1.0):
+        text.append(f"{share:g} ", colour(share))
+    words = " ∎ end of text" + ("  underlined: not full precision's token" if compared else "")
+    return text.append(words, "dim")

@@ -18,7 +18,7 @@ from dllmq.report.compare import (
     main_effects,
     relative_change,
 )
-from dllmq.report.groups import is_share, label, most_seeds, tasks, varying_axes
+from dllmq.report.groups import is_share, label, metric_title, most_seeds, tasks, varying_axes
 from dllmq.report.results import Sweep
 from dllmq.report.settings import setting_effects
 from dllmq.report.table import EMPTY, KEEP, Cell, Column, Row, Table
@@ -30,7 +30,7 @@ def effects_table(sweep: Sweep) -> Table:
     columns = [Column("switch", KEEP, numeric=False), Column("added to", KEEP, numeric=False)]
     for i, (task, metric) in enumerate(task_metrics.items()):
         unit = ", points" if is_share(metric) else ""
-        title = f"{task}\n{metric.removesuffix(',none')}{unit}"
+        title = f"{task}\n{metric_title(metric)}{unit}"
         columns.append(Column(title, 10 + 2 * i if i else KEEP, compact=f"{task}\nΔ [95 %]"))
         columns.append(Column(f"{task}\np (Holm)", 11 + 2 * i, compact="Holm\np"))
     kl_p = any(e.kl and e.kl.p is not None for e in found)

@@ -42,7 +42,8 @@ def to_svg(drawing: Drawing, themed: bool = False) -> str:
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{drawing.name}-\1"', svg)
     svg = re.sub(r'(href="|url\()#', rf"\1#{drawing.name}-", svg)
     svg = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda m: _DECIMALS.sub(r"\1", m[0]), svg)
-    head = f'<svg role="img" aria-label="{escape(drawing.caption)}"'
+    said = escape(f"{drawing.title}. {drawing.caption}")
+    head = f'<svg role="img" aria-label="{said}"'
     svg = svg.replace("<svg", head, 1)
     return _themed(svg) if themed else svg
 

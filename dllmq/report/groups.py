@@ -28,7 +28,7 @@ PRIMARY = (
     "acc",
 )
 _SHARE = re.compile(r"^(exact_match|acc|acc_norm|pass@\d+|pass_at_\d+|f1|mc[12])\b")
-_OFF = {"states": "clean", "value_scale": "minmax"}  # axes with an off-state, as a switch has
+OFF = {"states": "clean", "value_scale": "minmax"}  # axes with an off-state, as a switch has
 _LOWER = re.compile(r"perplexity|bits_per_byte|nll|loss|^kl\b")
 
 
@@ -90,6 +90,12 @@ def primary_metric(metrics: Iterable[str]) -> str | None:
 def is_share(metric: str) -> bool:
     """True for metrics in 0..1 that are shown as percentages."""
     return bool(_SHARE.match(metric))
+
+
+def metric_title(metric: str, between: str = ",\n") -> str:
+    """lm-eval's "exact_match,strict-match" as a heading, the filter on its own line; "acc" for "acc,none"."""
+    name, _, kept = metric.partition(",")
+    return name if kept in ("", "none") else f"{name}{between}{kept}"
 
 
 def lower_is_better(metric: str) -> bool:
@@ -217,6 +223,12 @@ def mean(records: Sequence[RunRecord], measure: Measure) -> Mean | None:
     return Mean(math.fsum(per_seed) / len(per_seed), stderr, n, per_seed)
 
 
+def held_out_prompts(sweep: Sweep) -> int | None:
+    """How many prompts the fidelity figures are from; None where runs differ or did not record them."""
+    counts = {len(r.fidelity_per_prompt.get("kl", ())) for r in sweep.records if r.fidelity}
+    return counts.pop() or None if len(counts) == 1 else None
+
+
 def columns(records: Sequence[RunRecord], measure: Measure) -> np.ndarray | None:
     """Per-problem values [problems, runs], NaN where undefined; None unless all runs have as many."""
     found = [v for r in records if (v := measure.values(r))]
@@ -238,7 +250,7 @@ def label(axes: dict[str, Any], varying: Iterable[str], without: str | None = No
     words = [str(axes.get("method", "run"))]
     words += [str(axes[k]) for k in ("bits",) if k in varying and k in axes]
     rest = [k for k in varying if k not in ("method", "bits", without) and k in axes]
-    words += [f"{k}={axes[k]}" for k in rest if not isinstance(axes[k], bool) and _OFF.get(k) != axes[k]]
+    words += [f"{k}={axes[k]}" for k in rest if not isinstance(axes[k], bool) and OFF.get(k) != axes[k]]
     words += [f"+{k}" for k in rest if axes[k] is True]
     return " ".join(words)
 

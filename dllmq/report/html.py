@@ -83,7 +83,8 @@ def headline(sweep: Sweep) -> str:
     text += "."
     if task_metrics := tasks(sweep):
         text += f" Measured on {_and([_task_n(sweep, t, m) for t, m in task_metrics.items()])}"
-        text += ", against the same model in full precision." if sweep.baseline else "."
+        other = any(approximate(r.axes) or r.axes.get("method") != "fp" for r in sweep.records)
+        text += ", against the same model in full precision." if sweep.baseline and other else "."
     if fast := sum(approximate(r.axes) for r in sweep.records):
         which = f"{fast} of the runs" if fast < count else "every run" if count > 1 else "the run"
         text += f" Approximate decoding (cache, threshold) in {which}."

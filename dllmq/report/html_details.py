@@ -26,7 +26,7 @@ def changes_html(sweep: Sweep, changes: list[GroupChanges]) -> str:
         return ""
     varying = varying_axes(sweep)
     lead = (
-        "Lost: full precision scored higher on this problem; won: the quantized model did. "
+        "Lost: full precision scored higher on this problem; won: the run did. "
         f"{sum(len(g.shown) for g in changes)} of them are shown, long texts cut; the samples files have "
         "every answer. Of several seeds all are counted and the first one's answers are shown."
     )
@@ -46,7 +46,7 @@ def _group_changes(name: str, changes: GroupChanges) -> str:
 
 def _change(change: Change) -> str:
     tone, word = ("worse", "lost") if change.lost else ("better", "won")
-    answers = _answer("full precision", change.before) + _answer("quantized", change.after)
+    answers = _answer("full precision", change.before) + _answer("this run", change.after)
     return (
         f'<article><h4>{escape(change.task)} <small>{escape(change.problem)}</small> <span class="{tone}">'
         f"<span>{word}</span></span></h4>"

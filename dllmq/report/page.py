@@ -52,6 +52,7 @@ thead th { color: var(--soft); font-size: .78rem; font-weight: 600; line-height:
 th[scope=row] { position: sticky; left: 0; z-index: 1; background: var(--paper); font-weight: 600; }
 thead th:first-child { position: sticky; left: 0; z-index: 2; background: var(--paper); }
 .num { text-align: right; }
+tbody .long { white-space: normal; overflow-wrap: anywhere; min-width: 11rem; max-width: 24rem; }
 tr.reference > * { background: color-mix(in srgb, var(--back) 70%, var(--paper)); }
 tbody tr:hover > * { background: var(--back); }
 .muted, td.off { color: var(--soft); }
@@ -112,14 +113,14 @@ footer { margin-top: 3rem; padding-top: .9rem; border-top: 1px solid var(--line)
   .figures { grid-template-columns: 1fr 1fr; } th[scope=row], thead th:first-child { position: static; } }
 """
 
-# Sorts a table by the clicked column: numbers by data-v, then text; full precision stays on top and failed
-# runs at the end. The page is complete without it.
+# Sorts a table by the clicked column: numbers by data-v, the largest first, text from A on; what is missing
+# comes last. Full precision stays on top and failed runs at the end. The page is complete without it.
 SCRIPT = """
 document.querySelectorAll("table").forEach(table => {
   table.classList.add("sortable");
   const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
   const rank = row => row.classList.contains("reference") ? 0 : row.classList.contains("failed") ? 2 : 1;
-  const isNumber = x => typeof x === "number";
+  const isNumber = x => typeof x === "number", missing = x => x === "" || x === "–";
   const order = (a, b) => isNumber(a) && isNumber(b) ? a - b : isNumber(a) ? 1 : isNumber(b) ? -1
     : a.localeCompare(b, undefined, {numeric: true});
   heads.forEach(head => {
@@ -127,7 +128,8 @@ document.querySelectorAll("table").forEach(table => {
     head.addEventListener("keydown", event => { if (event.key === "Enter") head.click(); });
   });
   heads.forEach((head, i) => head.addEventListener("click", () => {
-    const up = head.getAttribute("aria-sort") === "descending";
+    const before = head.getAttribute("aria-sort");
+    const up = before ? before === "descending" : !head.classList.contains("num");
     heads.forEach(h => h.removeAttribute("aria-sort"));
     head.setAttribute("aria-sort", up ? "ascending" : "descending");
     const key = row => {
@@ -135,7 +137,8 @@ document.querySelectorAll("table").forEach(table => {
       return !cell ? "" : cell.dataset.v === undefined ? cell.textContent : +cell.dataset.v;
     };
     [...body.rows]
-      .sort((a, b) => rank(a) - rank(b) || (up ? 1 : -1) * order(key(a), key(b)))
+      .sort((a, b) => rank(a) - rank(b) || missing(key(a)) - missing(key(b))
+        || (up ? 1 : -1) * order(key(a), key(b)))
       .forEach(row => body.append(row));
   }));
 });
@@ -165,7 +168,7 @@ MEANING = {
     "act_group_size": "Input channels per activation scale; -1 is one scale per token.",
     "attn_bits": "Bits of the attention product's operands; auto takes the activation width, none leaves "
     "them alone.",
-    "model": "The checkpoint that was quantized.",
+    "model": "The checkpoint.",
     "cache": "Approximate decoding. Inside a block of the answer, keys and values left of it (prefix), or "
     "left and right of it (dual), are reused instead of computed again.",
     "threshold": "Approximate decoding. A denoising step commits every token with at least this confidence, "

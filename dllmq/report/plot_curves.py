@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from dllmq.report.groups import Group
+from dllmq.report.groups import Group, held_out_prompts
 from dllmq.report.plot_style import (
     Drawing,
     Line,
@@ -69,7 +69,8 @@ _CURVES = (
 def curve_figures(sweep: Sweep) -> Iterator[Drawing]:
     """One figure per recorded curve; runs without it are not in the figure."""
     lines = lines_of(sweep)
-    note = seeds_note(sweep, "the band goes") + cut_note(sweep)
+    prompts = f" n = {n} prompts." if (n := held_out_prompts(sweep)) else ""
+    note = prompts + seeds_note(sweep, "the band goes") + cut_note(sweep)
     for curve in _CURVES:
         data = [(line, points) for line in lines if (points := points_of(line.group, curve.name))]
         if data:
@@ -108,13 +109,13 @@ def _draw(curve: _Curve, data: list[tuple[Line, Points]]) -> Figure:
             if line.panel == panel:
                 _plot(axis, line, points, marks=len(data) / len(panels) <= 8)
         if panel:
-            axis.set_title(short(panel, 16), loc="right", fontweight="normal")
+            axis.set_title(short(panel, 24), loc="right", fontweight="normal")
     axes[0].set_title(curve.title, loc="left")
     _x_axis(axes, curve, data)
     values = [v for _, points in data for seeds in points.values() for v in seeds]
     for axis in axes:
         _y_axis(axis, curve, values)
-    handles = {line.key: Line2D([], [], label=short(line.key, 44), **line.line()) for line, _ in data}
+    handles = {line.key: Line2D([], [], label=line.key, **line.line()) for line, _ in data}
     legend(figure, list(handles.values()))
     return figure
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from dllmq.report.compare import Delta, Effect, MainEffect, effects, main_effects
 from dllmq.report.groups import is_share, lower_is_better, tasks
-from dllmq.report.plot_points import row_figure
+from dllmq.report.plot_points import headed, row_figure
 from dllmq.report.plot_style import INK, PALETTE, PAPER, Drawing, short, slug
 from dllmq.report.results import Sweep
 
@@ -21,9 +21,9 @@ def effect_figures(sweep: Sweep) -> Iterator[Drawing]:
     averaged, single = main_effects(sweep), [e for e in effects(sweep) if not e.inert]
     for i, (task, metric) in enumerate((*tasks(sweep).items(), ("KL", "kl"))):
         if rows := _rows(averaged, single, task):
-            figure, axis = row_figure([short(f"{toggle}: {method}", 26) for toggle, method, _ in rows], 0.6)
+            figure, axis = row_figure([f"{toggle}: {method}" for toggle, method, _ in rows], 0.6)
             _draw(axis, rows, 100 if is_share(metric) else 1)
-            axis.set_title(short(f"Δ {task}" if metric != "kl" else "Δ KL to full precision", 38))
+            headed(figure, f"Δ {task}" if metric != "kl" else "Δ KL to full precision")
             unit = "points" if is_share(metric) else "nats" if metric == "kl" else short(metric, 20)
             axis.set_xlabel(f"{unit}, {'left' if lower_is_better(metric) else 'right'} of zero is better")
             yield Drawing(f"effect-{i}-{slug(task)}", _caption(metric, rows), figure, "effects")

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from dllmq.report.groups import Group, Mean, as_group, fidelity, groups, is_share, score, tasks
+from dllmq.report.groups import Group, Mean, as_group, fidelity, groups, is_share, metric_title, score, tasks
 from dllmq.report.plot_style import (
     FAINT,
     INK,
@@ -28,6 +28,7 @@ from dllmq.report.plot_style import (
     value_axis,
 )
 from dllmq.report.results import RunRecord, Sweep
+from dllmq.report.words import byte_unit, folded
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,14 @@ def score_figures(sweep: Sweep) -> Iterator[Drawing]:
     for i, (task, metric) in enumerate(tasks(sweep).items()):
         data = [(line, p) for line in lines if (p := _score(line.group, task, metric))]
         if data:
-            figure, axis = row_figure([short(line.label, 24) for line, _ in data])
+            figure, axis = row_figure([line.label for line, _ in data])
             reference = _score(as_group(sweep.baseline), task, metric) if sweep.baseline else None
             _draw_scores(axis, data, reference)
-            axis.set_title(short(f"{task}: {metric.removesuffix(',none')}", 38))
-            axis.set_xlabel("%" if is_share(metric) else short(metric, 30))
-            caption = "± one standard error over problems; the line and its band are full precision."
+            headed(figure, task)
+            axis.set_xlabel(short(metric_title(metric, ", "), 30) + " %" * is_share(metric))
+            counts = {s.n for line, _ in data if (s := score(line.group, task, metric)) and s.n}
+            n = f" (n = {counts.pop():,.0f})".replace(",", " ") if len(counts) == 1 else ""
+            caption = f"± one standard error over problems{n}; the line and its band are full precision."
             yield Drawing(f"score-{i}-{slug(task)}", caption + note, figure, "scores")
 
 
@@ -92,14 +95,21 @@ def _draw_scores(axis: Axes, data: list[tuple[Line, Point]], reference: Point | 
 
 
 def row_figure(names: list[str], top: float = 1.2) -> tuple[Figure, Axes]:
-    """A narrow figure with one named row per point, `top` rows of room above the first."""
-    figure, (axis,) = figure_with(1, 0.95 + 0.24 * (len(names) + top - 0.2), NARROW)
+    """A narrow figure with one named row per point, `top` rows of room above the first; no name is cut."""
+    names = [folded(name, 26) for name in names]
+    row = 0.1 + 0.14 * max(name.count("\n") + 1 for name in names)
+    figure, (axis,) = figure_with(1, 0.95 + row * (len(names) + top - 0.2), NARROW)
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.5, -top)
     axis.grid(False, axis="y")
     axis.tick_params(axis="y", length=0)
     axis.xaxis.set_major_locator(MaxNLocator(5))
     return figure, axis
+
+
+def headed(figure: Figure, text: str) -> None:
+    """From the figure's left edge on: names left of the axes leave it little room."""
+    figure.suptitle(short(text, 42), x=0.01, ha="left")
 
 
 # ---------------------------------------------------------------- cost
@@ -109,18 +119,25 @@ def cost_figures(sweep: Sweep) -> Iterator[Drawing]:
     """Quality (KL, else the first task's score) against bytes and seconds that vary by more than 5 %."""
     lines = lines_of(sweep)
     what, share, quality = _quality(sweep)
-    for name, unit, title, cost in (
-        ("cost-weights", "weights at their true bit width, MiB", "Quality and size", _mebibytes),
-        ("cost-seconds", "calibration and quantization, s", "Quality and time", _seconds),
+    unit, size = byte_unit(_weight_bytes(line.group.records[0]) for line in lines)
+    for name, of, title, cost, scale in (
+        (
+            "cost-weights",
+            f"weights at their true bit width, {unit}",
+            "Quality and size",
+            _weight_bytes,
+            1 / size,
+        ),
+        ("cost-seconds", "calibration and quantization, s", "Quality and time", _seconds, 1),
     ):
-        found = [(line, _over_seeds(line.group, cost), quality(line.group)) for line in lines]
+        found = [(line, _over_seeds(line.group, cost, scale), quality(line.group)) for line in lines]
         data = [(line, x, y) for line, x, y in found if x and y]
         sizes = [x.value for _, x, _ in data]
         if data and max(sizes) > 1.05 * min(sizes):
             figure, (axis,) = figure_with(1, 3.0)
             _draw_cost(axis, data)
             axis.set_title(title)
-            axis.set_xlabel(unit)
+            axis.set_xlabel(of)
             if share:
                 axis.set_ylabel(what)
             else:
@@ -134,31 +151,31 @@ def cost_figures(sweep: Sweep) -> Iterator[Drawing]:
 
 
 def _draw_cost(axis: Axes, data: list[tuple[Line, Point, Point]]) -> None:
-    for line, x, y in data:
+    """A point that others lie upon is drawn larger, as a ring around them."""
+    spots = [(f"{x.value:.3g}", f"{y.value:.3g}") for _, x, y in data]
+    for i, (line, x, y) in enumerate(data):
         axis.plot([x.low, x.high], [y.value] * 2, color=line.color, linewidth=1.2, alpha=0.6)
         axis.plot([x.value] * 2, [y.low, y.high], color=line.color, linewidth=1.2, alpha=0.6)
-        axis.plot(x.value, y.value, linestyle="none", **line.marker(line.shape))
+        above = min(spots[i + 1 :].count(spots[i]), 4)
+        looks = line.marker(line.shape) | {"markersize": 4.5 + 2.5 * above}
+        axis.plot(x.value, y.value, linestyle="none", **looks)
     axis.xaxis.set_major_locator(MaxNLocator(6))
 
 
 def _cost_handles(lines: list[Line]) -> list[Line2D]:
     """One entry per line; where lines have panels elsewhere, one per key and one per panel's shape."""
-    handles = {
-        line.key: Line2D([], [], label=short(line.key, 44), linestyle="none", **line.marker())
-        for line in lines
-    }
+    handles = {line.key: Line2D([], [], label=line.key, linestyle="none", **line.marker()) for line in lines}
     for line in lines:
         if line.panel:
             handles[f"panel {line.panel}"] = Line2D(
-                [], [], label=short(line.panel, 44), marker=line.shape, markersize=4.5, color=INK,
+                [], [], label=line.panel, marker=line.shape, markersize=4.5, color=INK,
                 linestyle="none",
             )  # fmt: skip
     return list(handles.values())
 
 
-def _mebibytes(record: RunRecord) -> float | None:
-    size = record.cost.get("weight_bytes")
-    return None if size is None else size / 2**20
+def _weight_bytes(record: RunRecord) -> float | int | None:
+    return record.cost.get("weight_bytes")
 
 
 def _seconds(record: RunRecord) -> float | int | None:
@@ -166,8 +183,10 @@ def _seconds(record: RunRecord) -> float | int | None:
     return sum(parts) if parts else None
 
 
-def _over_seeds(group: Group, number: Callable[[RunRecord], float | int | None]) -> Point | None:
-    known = [x for record in group.records if (x := number(record)) is not None]
+def _over_seeds(
+    group: Group, number: Callable[[RunRecord], float | int | None], scale: float | int
+) -> Point | None:
+    known = [scale * x for record in group.records if (x := number(record)) is not None]
     return Point(fmean(known), min(known), max(known)) if known else None
 
 

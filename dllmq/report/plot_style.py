@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
-from dllmq.report.groups import Group, groups, label, varying_axes, varying_toggles
+from dllmq.report.groups import OFF, Group, groups, label, varying_axes, varying_toggles
 from dllmq.report.results import Sweep
+from dllmq.report.words import folded
 
 WIDTH, NARROW = 4.8, 3.8  # inches
 MAX_LINES = 24  # beyond this a figure shows the first ones and says so
@@ -41,6 +42,8 @@ RC: dict[Any, Any] = {
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
+    "figure.titlesize": 9.5,
+    "figure.titleweight": "bold",
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": FAINT,
@@ -64,6 +67,10 @@ class Drawing:
     caption: str
     figure: Figure
     part: str  # "scores", "effects", "curves" or "cost"
+
+    @property
+    def title(self) -> str:
+        return self.figure.get_suptitle() or self.figure.axes[0].get_title(loc="left")
 
 
 @dataclass(frozen=True)
@@ -95,19 +102,23 @@ def lines_of(sweep: Sweep) -> list[Line]:
 
     Up to ONE_PANEL of them share one axes. More get a panel per method (or per value of the first axis with
     two to MAX_PANELS of them); inside a panel the first switch is the dash and everything else the colour.
+    What is the same in a whole panel (full precision's width) stands in the panel's name.
     """
     found = groups(sweep)[:MAX_LINES]
     toggles, varying = varying_toggles(sweep), [k for k in varying_axes(sweep) if k != "seed"]
     plain = [k for k in varying if k not in toggles]
     axis = next((k for k in (*plain, *toggles) if 1 < len({_at(g, [k]) for g in found}) <= MAX_PANELS), None)
+    shared: list[str] = []  # what tells panels apart
     if len(found) > ONE_PANEL and axis is not None:
-        dashed, colored = toggles[:1], [k for k in varying if k != axis and k not in toggles[:1]]
+        panels = {_at(g, [axis]) for g in found}
+        shared = [k for k in varying if k == axis or len({_at(g, [axis, k]) for g in found}) == len(panels)]
+        dashed, colored = toggles[:1], [k for k in varying if k not in (*shared, *toggles[:1])]
     else:
         axis, more_cells = None, len({_at(g, plain) for g in found}) >= len({_at(g, toggles) for g in found})
         # what there is more of gets the colours, the other the dashes
         dashed, colored = (toggles, plain) if more_cells else (plain, toggles)
     colors, dashes = (_index(_at(g, names) for g in found) for names in (colored, dashed))
-    shapes = _index(_at(g, [axis] if axis else []) for g in found)
+    shapes = _index(_at(g, shared) for g in found)
     lines = []
     for group in found:
         color = colors[_at(group, colored)]
@@ -118,12 +129,12 @@ def lines_of(sweep: Sweep) -> list[Line]:
             Line(
                 group=group,
                 label=name,
-                key=_words(group.axes, [k for k in varying if k != axis]) if axis else name,
-                panel=_value(axis, group.axes.get(axis)) if axis else "",
+                key=_words(group.axes, [k for k in varying if k not in shared]) if axis else name,
+                panel=" ".join(_value(k, group.axes.get(k)) for k in shared),
                 color=PALETTE[color % len(PALETTE)],
                 dashes=DASHES[dash % len(DASHES)],
                 filled=not toggles or any(group.axes.get(k) is True for k in (dashed if axis else toggles)),
-                shape=MARKERS[shapes[_at(group, [axis] if axis else [])] % len(MARKERS)],
+                shape=MARKERS[shapes[_at(group, shared)] % len(MARKERS)],
             )
         )
     return lines
@@ -139,7 +150,7 @@ def _index(keys: Iterable[Hashable]) -> dict[Hashable, int]:
 
 
 def _words(axes: dict[str, Any], names: list[str]) -> str:
-    here = {k: axes[k] for k in names if axes.get(k, False) is not False}
+    here = {k: axes[k] for k in names if axes.get(k, False) is not False and axes[k] != OFF.get(k)}
     words = [f"+{k}" if value is True else _value(k, value) for k, value in here.items()]
     return " ".join(words) or "all off"
 
@@ -176,7 +187,9 @@ def figure_with(panels: int, height: float, width: float = WIDTH) -> tuple[Figur
 
 
 def legend(figure: Figure, handles: list[Line2D], length: float = 2.6) -> None:
-    """Below the axes, where it covers no data; the figure grows by its height."""
+    """Below the axes, where it covers no data; the figure grows by its height. Long names are folded."""
+    for handle in handles:
+        handle.set_label(folded(str(handle.get_label()), 46))
     longest = max(len(str(h.get_label())) for h in handles)
     columns = 3 if longest <= 14 else 2 if longest <= 26 else 1
     rows = -(-len(handles) // columns)
@@ -185,7 +198,8 @@ def legend(figure: Figure, handles: list[Line2D], length: float = 2.6) -> None:
         handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5,
         handlelength=length, columnspacing=1.4,
     )  # fmt: skip
-    figure.set_figheight(figure.get_figheight() + 0.19 * rows)
+    folds = sum(str(h.get_label()).count("\n") for h in handles)  # none where there are several columns
+    figure.set_figheight(figure.get_figheight() + 0.19 * rows + 0.14 * folds)
 
 
 def value_axis(axis: Axes, values: list[float | int], name: str, log: bool) -> None:

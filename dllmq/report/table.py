@@ -2,7 +2,8 @@
 
 A cell has its full text and, where that is long, a compact one. Markdown and HTML print every column in
 full. The terminal takes compact texts when the full ones do not fit, then leaves out columns from the least
-important on and says which; it never wraps a cell.
+important on and says which. Names that still do not fit are folded, at separators where there are any; no
+cell is cut.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from dllmq.report.words import folded
+
 Tone = Literal["", "better", "worse", "muted", "failed", "on", "off"]
 KEEP = 0  # a column of this rank is never left out
+LONG = 40  # letters from which HTML folds a cell
+LEAST = 10  # columns that a folded name keeps
 
 
 @dataclass(frozen=True)
@@ -134,10 +139,27 @@ def fit(table: Table, width: int) -> tuple[Table, bool, list[str]]:
     while _width(table, compact=True) > width:
         last = max(range(len(table.columns)), key=lambda i: (table.columns[i].rank, i))
         if table.columns[last].rank == KEEP:
-            break
-        hidden.insert(0, table.columns[last].title.replace("\n", " "))
+            return _narrowed(table, width), True, hidden
+        hidden.insert(0, " ".join(table.columns[last].title.split()))
         table = _without(table, last)
     return table, True, hidden
+
+
+def _narrowed(table: Table, width: int) -> Table:
+    """The compact table with its widest columns of text folded until it fits, to LEAST at the narrowest."""
+    widths = _widths(table, compact=True)
+    texts = {i for i, column in enumerate(table.columns) if not column.numeric}
+    while _boxed(widths) > width:
+        widest = max(texts, key=lambda i: widths[i], default=None)
+        if widest is None or widths[widest] <= LEAST:
+            break
+        widths[widest] -= 1
+
+    def fold(i: int, cell: Cell) -> Cell:
+        return replace(cell, compact=folded(cell.shown(True), widths[i])) if i in texts else cell
+
+    rows = (replace(row, cells=tuple(fold(i, c) for i, c in enumerate(row.cells))) for row in table.rows)
+    return replace(table, rows=tuple(rows))
 
 
 def _without(table: Table, index: int) -> Table:
@@ -149,12 +171,23 @@ def _without(table: Table, index: int) -> Table:
 
 
 def _width(table: Table, compact: bool) -> int:
-    total = 2 + len(table.columns) - 1  # the box: both edges and what stands between columns
+    return _boxed(_widths(table, compact))
+
+
+def _boxed(widths: Sequence[int]) -> int:
+    """With the space right of each column, what stands between columns, and both edges of the box."""
+    return sum(widths) + len(widths) + len(widths) - 1 + 2
+
+
+def _widths(table: Table, compact: bool) -> list[int]:
+    found = []
     for i, column in enumerate(table.columns):
-        texts = column.shown(compact).split("\n")
-        texts += [row.cells[i].shown(compact) for row in table.rows if i < len(row.cells)]
-        total += max(map(cell_len, texts)) + 1
-    return total
+        texts = [
+            column.shown(compact),
+            *(row.cells[i].shown(compact) for row in table.rows if i < len(row.cells)),
+        ]
+        found.append(max(cell_len(line) for text in texts for line in text.split("\n")))
+    return found
 
 
 def print_tables(tables: Sequence[Table], console: Console | None = None) -> None:
@@ -225,7 +258,8 @@ def _html_row(row: Row, columns: tuple[Column, ...]) -> str:
             body = f"<span>{body}</span>"
         if not column.note:
             body += _small(cell.note, " ")
-        classes = _class("num" if column.numeric else "", cell.tone)
+        long = "long" if len(cell.text) > LONG else ""
+        classes = _class("num" if column.numeric else "", cell.tone, long)
         cells.append(f"<{tag}{classes}{sort}>{body}</{tag.split()[0]}>")
     if row.message is not None:
         span = max(1, len(columns) - len(row.cells))

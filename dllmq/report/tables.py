@@ -20,9 +20,11 @@ from dllmq.report.groups import (
     as_group,
     fidelity,
     groups,
+    held_out_prompts,
     inert_reason,
     is_share,
     label,
+    metric_title,
     most_seeds,
     score,
     tasks,
@@ -30,6 +32,7 @@ from dllmq.report.groups import (
 )
 from dllmq.report.results import Sweep
 from dllmq.report.table import EMPTY, KEEP, Cell, Column, Row, Table
+from dllmq.report.words import byte_unit
 
 CACHED = "cached"
 _MARKS = "¹²³⁴⁵⁶⁷⁸⁹"
@@ -100,7 +103,7 @@ def _score_columns(sweep: Sweep, task_metrics: dict[str, str]) -> Iterator[Colum
         n = _common_n(sweep, task, metric)
         count = "" if n is None else f"n={n}" if seeds == 1 else f"n={n} x {seeds}"
         short = f"{task}\n{', '.join(part for part in (unit.strip(), count) if part)}"
-        title = f"{task}\n{metric.removesuffix(',none')}{unit}"
+        title = f"{task}\n{metric_title(metric)}{unit}"
         note = f"n = {n}" if n and seeds == 1 else ""
         yield Column(title, 10 + i if i else KEEP, compact=short, note=note)
         if sweep.baseline:
@@ -114,7 +117,8 @@ def _common_n(sweep: Sweep, task: str, metric: str) -> int | None:
 
 
 def _tail_columns(sweep: Sweep) -> Iterator[Column]:
-    yield Column("KL\nnats", 25)
+    if _known(sweep, "kl"):
+        yield Column("KL\nnats", 25)
     for name in _shares_shown(sweep):
         title, compact, rank = _SHARES[name]
         yield Column(title, rank, compact=compact)
@@ -125,7 +129,11 @@ def _tail_columns(sweep: Sweep) -> Iterator[Column]:
 
 
 def _shares_shown(sweep: Sweep) -> list[str]:
-    return [name for name in _SHARES if name == "top1" or any(name in r.fidelity for r in sweep.records)]
+    return [name for name in _SHARES if _known(sweep, name)]
+
+
+def _known(sweep: Sweep, figure: str) -> bool:
+    return any(figure in r.fidelity for r in sweep.records)
 
 
 def _truncation_known(sweep: Sweep) -> bool:
@@ -140,7 +148,8 @@ def _measured(sweep: Sweep, group: Group, task_metrics: dict[str, str]) -> Itera
             difference = delta(group, reference, task, metric)
             yield delta_cell(difference, metric)
             yield p_cell(difference)
-    yield kl_cell(fidelity(group, "kl"))
+    if _known(sweep, "kl"):
+        yield kl_cell(fidelity(group, "kl"))
     for name in _shares_shown(sweep):
         yield replace(score_cell(fidelity(group, name), share=True), note="")
     if _truncation_known(sweep):
@@ -186,7 +195,7 @@ class _InertNotes:
 
 def _legend(sweep: Sweep, task_metrics: dict[str, str]) -> Iterator[str]:
     if task_metrics:
-        yield "± is one standard error over problems, (n) their number."
+        yield "± is one standard error over the n problems; n stands in the column's title or in brackets."
     if most_seeds(sweep) > 1:
         yield (
             "x seeds: runs that differ in the seed only share a row. A problem's seeds are averaged first, "
@@ -204,12 +213,7 @@ def _legend(sweep: Sweep, task_metrics: dict[str, str]) -> Iterator[str]:
             yield "u: not paired (no common per-problem results), so its error is an upper estimate."
     elif task_metrics:
         yield "No full-precision reference was recorded, so there are no differences to it."
-    if any(r.fidelity for r in sweep.records):
-        yield "KL, top-1: against full precision at masked positions of held-out trajectory states."
-    if any("argmax_at_k" in r.fidelity for r in sweep.records):
-        yield "argmax@k: the same, at the k positions full precision is about to commit."
-    if any("final_agreement" in r.fidelity for r in sweep.records):
-        yield "final agreement: response positions with full precision's token, each model running freely."
+    yield from _fidelity_legend(sweep)
     if _truncation_known(sweep):
         yield "truncated: answers that filled the generated length without ending."
 
@@ -242,6 +246,24 @@ def other_metrics_table(sweep: Sweep) -> Table:
     return Table("Other metrics of the same answers", tuple(columns), tuple(rows))
 
 
+def _fidelity_legend(sweep: Sweep) -> Iterator[str]:
+    prompts = f"; ± is over their {n} prompts" if (n := held_out_prompts(sweep)) else ""
+    if _known(sweep, "kl"):
+        yield (
+            "KL: divergence of the run's token distributions from full precision's, at the masked positions "
+            f"of held-out states of full precision's trajectory{prompts}."
+        )
+    if _known(sweep, "top1"):
+        yield "top-1: share of those positions where both models have the same most likely token."
+    if _known(sweep, "argmax_at_k"):
+        yield (
+            "argmax@k: the same share, of the k positions alone that full precision commits next in each of "
+            "these states."
+        )
+    if _known(sweep, "final_agreement"):
+        yield "final agreement: response positions with full precision's token, each model running freely."
+
+
 # ---------------------------------------------------------------- cost
 
 
@@ -250,23 +272,29 @@ def cost_table(sweep: Sweep) -> Table:
     varying = varying_axes(sweep)
     named = [("full precision", as_group(sweep.baseline))] if sweep.baseline else []
     named += [(label(g.axes, varying), g) for g in groups(sweep)]
+    peak, weights = (
+        byte_unit(_cost(group, key) for _, group in named) for key in ("peak_memory_bytes", "weight_bytes")
+    )
     rows = []
     for name, group in named:
         cells = (
             Cell(name),
             _calibration_cell(group),
             *(number_cell(_cost(group, k), "{:.1f}") for k in ("quantize_s", "evaluate_s")),
-            number_cell(_cost(group, "peak_memory_bytes"), "{:.1f}", 2**-20),
-            number_cell(_cost(group, "weight_bytes"), "{:.2f}", 2**-20),
+            number_cell(_cost(group, "peak_memory_bytes"), "{:.1f}", 1 / peak[1]),
+            number_cell(_cost(group, "weight_bytes"), "{:.2f}", 1 / weights[1]),
             number_cell(_cost(group, "quantized_share"), "{:.1f}", 100),
             number_cell(_cost(group, "tokens_per_second"), "{:.1f}"),
             number_cell(_cost(group, "forwards"), "{:,.0f}"),
         )
         rows.append(Row(cells, "reference" if group.records[0] is sweep.baseline else "run"))
-    titles = ["run", "calibrate\ns", "quantize\ns", "evaluate\ns", "peak memory\nMiB", "weights\nMiB"]
-    titles += ["quantized\n% params", "speed\ntokens/s", "forwards\n "]
+    titles = ["run", "calibrate\ns", "quantize\ns", "evaluate\ns", f"peak memory\n{peak[0]}"]
+    titles += [f"weights\n{weights[0]}", "quantized\n% params", "speed\ntokens/s", "forwards\n "]
     columns = tuple(Column(title, KEEP, numeric=title != "run") for title in titles)
-    notes = ["Weights are counted at their true bit width, scales and zeros included."]
+    notes = [
+        "Weights: as stored, quantized ones at their bit width with scales and zeros, all others, and full "
+        "precision's, at 16 bits, also where the computation is in float32."
+    ]
     notes += ["Each row is one run: the mean over its seeds."] if most_seeds(sweep) > 1 else []
     if any(cell.text == CACHED for row in rows for cell in row.cells):
         notes.append(

@@ -104,6 +104,14 @@ def test_a_trial_has_no_verdict_and_other_devices_do_not_count() -> None:
     assert "0 of 0 targets" in other
 
 
+def test_trials_are_no_command_of_a_page_with_measurements() -> None:
+    trial = section(row(), quick=True, command="python -m dllmq.bench linear --quick")
+    page = readme([section(row()), trial], [])
+    assert trial.command not in page and section().command in page
+    assert "`python -m dllmq.bench --quick` runs every section at toy sizes" in page
+    assert trial.command in readme([trial], [])
+
+
 def test_outputs_that_differ_are_named() -> None:
     assert "must be equal are NOT in: exact generation." in verdict([section(row(equal=False))])
 

@@ -91,7 +91,7 @@ def escaped(text: str) -> str:
 
 
 def test_a_click_on_a_head_sorts_and_another_turns_it(page, tmp_path):
-    """The first click is largest first; full precision stays on top."""
+    """The first click is largest first, of text A; full precision stays on top, what is missing goes last."""
     script = """
     const table = document.querySelector("table"), heads = [...table.tHead.rows[0].cells];
     const column = heads.findIndex(head => head.textContent.includes("exact_match"));
@@ -100,9 +100,19 @@ def test_a_click_on_a_head_sorts_and_another_turns_it(page, tmp_path):
     heads[column].click(); seen.push(values());
     heads[column].dispatchEvent(new KeyboardEvent("keydown", {key: "Enter"})); seen.push(values());
     document.body.dataset.seen = JSON.stringify(seen);
+    const texts = i => [...table.tBodies[0].rows].slice(1).map(row => row.cells[i].textContent);
+    heads[2].click(); document.body.dataset.switched = JSON.stringify(texts(2));
+    [...table.tBodies[0].rows].slice(1, 3).forEach(row => {
+      row.cells[column].textContent = "–"; delete row.cells[column].dataset.v;
+    });
+    const gone = [1, 2].map(() => { heads[column].click(); return texts(column).lastIndexOf("–"); });
+    document.body.dataset.gone = JSON.stringify([...gone, table.tBodies[0].rows.length - 2]);
     """
     dom, console = opened(page, tmp_path, script=script)
     assert console == []
+    switched, (down_last, up_last, last) = json_of(dom, "switched"), json_of(dom, "gone")
+    assert switched == ["off"] * 4 + ["on"] * 4  # switches sort as 0 and 1
+    assert down_last == up_last == last
     before, down, up = json_of(dom, "seen")
     assert before not in (down, up)
     assert down == [before[0], *sorted(before[1:], reverse=True)]

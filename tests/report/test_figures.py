@@ -224,3 +224,70 @@ def test_themed_colours_fall_back_to_the_same_colour(sweep):
 def test_png_for_a_readme(sweep, tmp_path):
     path = write_png(named(sweep, "kl-by-step"), tmp_path, dpi=60)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.fixture(scope="module")
+def decoding() -> Sweep:
+    """Full precision and gptq, each with a threshold, a cache, and both."""
+    ways = [{"cache": c, "threshold": t} for c in (None, "dual", "prefix") for t in (None, 0.9)]
+    widths = {"fp": "w16a16", "gptq": "w4a4"}
+    runs = [
+        dataclasses.replace(r, cost=r.cost | {"weight_bytes": 7_000_000 if m == "fp" else 2_000_000})
+        for m in widths
+        for r in (record(m, **({k: v for k, v in way.items() if v} | {"bits": widths[m]})) for way in ways)
+    ]
+    return Sweep("decoding", tuple(runs), None, ())
+
+
+def test_what_is_the_same_in_a_panel_is_in_its_name_and_looks_are_shared(decoding):
+    lines = lines_of(decoding)
+    assert list(dict.fromkeys(line.panel for line in lines)) == ["fp w16a16", "gptq w4a4"]
+    assert [line.key for line in lines][1:3] == ["threshold=0.9", "cache=dual"]
+    assert [line.color for line in lines[:6]] == [line.color for line in lines[6:]]
+    assert len({line.color for line in lines}) == 6
+
+
+def test_names_of_rows_are_whole_and_told_apart(decoding):
+    drawing = named(decoding, "score-0-mini-gsm")
+    (axis,) = drawing.figure.axes
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert len(set(names)) == 12 and "fp w16a16 threshold=0.9\ncache=dual" in names
+    assert max(len(line) for name in names for line in name.split("\n")) <= 26
+    assert "…" not in to_svg(drawing)
+
+
+def test_a_figure_is_named_from_its_left_edge_and_says_n(decoding):
+    drawing = named(decoding, "score-0-mini-gsm")
+    assert drawing.title == "mini_gsm" and drawing.figure._suptitle.get_position()[0] < 0.05
+    assert drawing.figure.axes[0].get_xlabel() == "exact_match %"
+    assert "over problems (n = 200)" in drawing.caption
+    assert 'aria-label="mini_gsm. ± one' in to_svg(drawing)
+
+
+def test_a_point_below_another_one_is_a_ring_around_it(decoding):
+    same = tuple(
+        dataclasses.replace(r, scores={"t": {"acc": {"value": 0.5, "stderr": 0.1, "n": 9}}}, fidelity={})
+        for r in decoding.records
+    )
+    (axis,) = named(Sweep("s", same, None, ()), "cost-weights").figure.axes
+    sizes = [line.get_markersize() for line in axis.lines if line.get_linestyle() == "None"]
+    assert sizes[:6] == [14.5, 14.5, 12.0, 9.5, 7.0, 4.5]
+
+
+def test_what_is_off_is_not_in_a_legend():
+    ways = [{"states": s, "tmas": t} for s in ("clean", "uniform") for t in (False, True)]
+    sweep = Sweep("s", tuple(record(m, **way) for m in ("rtn", "awq", "gptq") for way in ways), None, ())
+    keys = [line.key for line in lines_of(sweep)]
+    assert keys[:4] == ["all off", "+tmas", "states=uniform", "states=uniform +tmas"]
+
+
+def test_the_names_of_a_legend_are_folded_and_not_cut():
+    models = [f"/projects/quantization/checkpoints/{name}/LLaDA-8B-Instruct" for name in ("first", "second")]
+    sweep = Sweep("s", tuple(record(model=m) for m in models), None, ())
+    (legend,) = named(sweep, "kl-by-step").figure.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert [text.replace("\n", "") for text in texts] == [f"gptq model={m}" for m in models]
+    assert all("\n" in text for text in texts)

@@ -149,6 +149,7 @@ def test_the_page_of_48_runs_and_three_tasks_stays_under_the_limit(tmp_path):
     page = render(Sweep("large", tuple(runs), reference, (), paths), folder=tmp_path)
     assert len(page.encode()) < 2_000_000
     assert page.count("<article>") > 40
+    assert "won: the run did." in page and "this run: " in page and "the quantized model" not in page
     assert "Each point is the mean of 8 steps." in page
 
 

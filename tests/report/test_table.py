@@ -12,10 +12,12 @@ from dllmq.report.build import markdown, summary, write_report
 from dllmq.report.cells import delta_cell, kl_text, p_text
 from dllmq.report.compare import Delta, delta, effects
 from dllmq.report.effect_tables import effects_table, main_effects_table
-from dllmq.report.groups import label, primary_metric, varying_axes
+from dllmq.report.groups import label, metric_title, primary_metric, varying_axes
+from dllmq.report.html import headline
 from dllmq.report.results import Sweep, load_sweep
-from dllmq.report.table import Cell, Column, Row, Table, to_html, to_markdown, to_rich
+from dllmq.report.table import Cell, Column, Row, Table, fit, to_html, to_markdown, to_rich
 from dllmq.report.tables import cost_table, first_line, results_table, sweep_tables
+from dllmq.report.words import folded
 from tests.report.records_factory import ablation, baseline, cells, record, with_prompts, write_sweep
 
 
@@ -162,8 +164,10 @@ def test_what_was_not_measured_is_a_dash():
         record(), fidelity={}, cost={}, scores={"t": {"acc": {"value": None, "stderr": None, "n": None}}}
     )
     table = results_table(Sweep("s", (bare,), None, ()))
-    assert column(table, "t\nacc %") == ["–"]
-    assert column(table, "KL\nnats") == column(table, "time\ns") == ["–"]
+    assert column(table, "t\nacc %") == column(table, "time\ns") == ["–"]
+    assert not {"KL\nnats", "top-1\n%"} & {c.title for c in table.columns}  # no run measured them
+    measured = results_table(Sweep("s", (bare, record("rtn")), None, ()))
+    assert column(measured, "KL\nnats")[0] == column(measured, "top-1\n%")[0] == "–"
 
 
 def test_a_metric_that_is_no_share_keeps_its_unit_and_direction():
@@ -389,3 +393,67 @@ def test_the_command_fails_in_one_sentence(tmp_path, capsys):
     assert len(lines) == 2
     assert "nowhere" in lines[0]
     assert "results.json is not valid JSON" in lines[1]
+
+
+def test_long_names_are_folded_at_separators_where_a_terminal_is_narrow():
+    model = "/projects/quantization/checkpoints/LLaDA-8B-Instruct"
+    runs = [record(m, model=f"{model}-{s}", states=s) for m in ("rtn", "gptq") for s in ("clean", "uniform")]
+    table = results_table(Sweep("s", tuple(runs), baseline(), ()))
+    console = Console(width=60, record=True, file=io.StringIO())
+    console.print(to_rich(table, 60))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 60 and not any("…" in line for line in lines)
+    names = [row.cells[2].shown(True).split("\n") for row in fit(table, 60)[0].rows[1:]]
+    assert ["".join(name) for name in names] == [r.axes["model"] for r in runs]
+    assert all(line[-1] in "/-" for name in names for line in name[:-1])
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "lines"),
+    [
+        ("gptq w4a4 threshold=0.9 cache=dual", 26, "gptq w4a4 threshold=0.9\ncache=dual"),
+        ("gptq", 4, "gptq"),
+        ("a=/one/two_three", 8, "a=/one/\ntwo_\nthree"),
+        ("abcdefghij", 4, "abcd\nefgh\nij"),
+    ],
+)
+def test_folding(text, width, lines):
+    assert folded(text, width) == lines
+
+
+def test_a_long_name_is_folded_on_the_page(tmp_path):
+    names = ("m" * 41, "m" * 40)
+    html = to_html(Table("t", (Column("run", numeric=False),), tuple(Row((Cell(name),)) for name in names)))
+    assert html.count('class="long"') == 1
+
+
+def test_sizes_of_large_models_are_in_gibibytes():
+    def cost(factor):
+        runs = [dataclasses.replace(c, cost={"weight_bytes": factor * 2**30}) for c in cells()]
+        return cost_table(Sweep("s", tuple(runs), None, ()))
+
+    assert column(cost(16), "weights\nGiB")[0] == "16.00"
+    assert column(cost(1), "weights\nMiB")[0] == "1024.00"
+
+
+def test_a_filter_of_a_metric_has_a_line_of_its_own():
+    assert [metric_title(m) for m in ("exact_match,strict-match", "acc,none", "pass@1")] == [
+        "exact_match,\nstrict-match",
+        "acc",
+        "pass@1",
+    ]
+
+
+def test_fidelity_is_explained_with_its_number_of_prompts():
+    run = dataclasses.replace(record(), fidelity_per_prompt={"kl": [0.1] * 32})
+    notes = " ".join(results_table(Sweep("s", (run,), None, ())).footnotes)
+    assert "trajectory; ± is over their 32 prompts." in notes and "same most likely token" in notes
+    assert "the same," not in notes and "argmax@k" not in notes  # not measured
+
+
+def test_full_precision_is_not_called_quantized_nor_compared_with_itself():
+    alone = Sweep("s", (baseline(),), baseline(), ())
+    assert "against" not in headline(alone)
+    assert "against the same model" in headline(Sweep("s", (baseline(), cells()[0]), baseline(), ()))
+    (weights,) = (note for note in cost_table(alone).footnotes if note.startswith("Weights"))
+    assert "full precision's, at 16 bits" in weights
