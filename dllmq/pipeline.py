@@ -45,7 +45,7 @@ from dllmq.models.base import Block, BlockContext, GroupRow, absorb_scale, linea
 from dllmq.models.block_store import BlockStore, Grids
 from dllmq.models.fused_norms import place_norms
 from dllmq.models.linear import InputQuantizer, QuantLinear
-from dllmq.models.streaming import compact_block, is_streamed, log_reading
+from dllmq.models.streaming import compact_block, give_back_freed_memory, is_streamed, log_reading
 from dllmq.recipe import AttentionGrids, Recipe
 
 log = logging.getLogger(__name__)
@@ -289,6 +289,8 @@ def _quantize_block(
             notes[f"blocks.{index}.product"] = found
         group = linear_group(model, index, row)
         stats = _statistics(block, row, batches, recipe.method.needs)
+        if is_streamed(model):
+            give_back_freed_memory()
         update = recipe.method(group, stats, recipe.weights)
         _apply(block, row, update, recipe, model.dtype)
         notes[group.name] = update.notes

@@ -188,8 +188,16 @@ def test_a_helper_ends_without_a_traceback(
     assert ended.value.code == 130
 
 
-@pytest.mark.slow
-def test_processes_give_the_answers_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param(["one", "two, killed, same command again"], marks=pytest.mark.slow),
+        pytest.param(["one, packed", "two, packed"], marks=pytest.mark.slow),
+        pytest.param(["one", "two", "three"], marks=pytest.mark.long),  # also in evaluation/test_shares.py
+    ],
+    ids=lambda names: names[-1].partition(", same")[0],
+)
+def test_processes_give_the_answers_of_one(tmp_path: Path, chosen: list[str]) -> None:
     """One, two, three, and two of which all are killed; every answer and number, byte for byte."""
     study = runpy.run_path(str(STUDY / "run.py"))
     sizes = [
@@ -197,12 +205,16 @@ def test_processes_give_the_answers_of_one(tmp_path: Path) -> None:
         *("eval.mc_batch_size=2", "eval.fidelity_prompts=2", "calibration.num_prompts=2", "threads=1"),
         *("calibration.num_states=4", "tracker=none", "cache_dir=null"),
     ]
-    outcomes = study["scenarios"](tmp_path, sizes)
-    assert [o.processes for o in outcomes] == [1, 2, 3, 2, 1, 2]
-    for o, alone in zip(outcomes, [outcomes[0]] * 4 + [outcomes[4]] * 2, strict=True):
+    scenarios = [scenario for scenario in study["SCENARIOS"] if scenario.name in chosen]
+    outcomes = study["scenarios"](tmp_path, sizes, scenarios)
+    assert [(o.scenario, o.processes) for o in outcomes] == [(s.name, s.processes) for s in scenarios]
+    for o in outcomes:
         assert (o.different_answers, o.different_numbers) == (0, [])
-        assert o.problems == 6 * 3 * 2 and o.forwards == alone.forwards
-    assert all(int(part) > 0 for o in (*outcomes[1:3], outcomes[5]) for part in o.helped.split(", "))
+        assert o.problems == 6 * 3 * 2 and o.forwards == outcomes[0].forwards
+    assert len(outcomes) == len(chosen)
+    assert all(
+        int(part) > 0 for o in outcomes[1:] if "killed" not in o.scenario for part in o.helped.split(", ")
+    )
 
 
 def test_the_committed_study_found_no_difference() -> None:

@@ -140,31 +140,58 @@ def solve_columns(
         Codes and the scales they belong to.
     """
     I, O = Wt.shape
-    dynamic, g = params is None, grid.group_size
+    dynamic = params is None
     if params is None:
         params = Params(Wt.new_ones(O, grid.groups(I)), Wt.new_zeros(O, grid.groups(I)))
-    scale, zero = params
     codes = torch.empty(I, O, dtype=grid.dtype, device=Wt.device)
-    solve, width = block_solver(Wt.device, min(block_size, g) if dynamic else block_size)
-
-    def columns(first: int, last: int) -> None:
-        """Solves columns [first, last), which carry every error made before `first`."""
-        now = slice(first, last)
-        if dynamic and last - first == g:
-            fitted = fit(Wt[now].T, replace(grid, group_size=PER_ROW))
-            scale[:, first // g], zero[:, first // g] = fitted.scale[:, 0], fitted.zero[:, 0]
-        if last - first <= width:
-            s, z = (of_columns(t, group_of[now], O) for t in params)
-            codes[now], Wt[now] = solve(Wt[now], U[now, now], s, z, grid.low, grid.high, grid.symmetric)
-            return
-        unit = g if dynamic and last - first > g else width  # a group is never cut before it is fitted
-        half = first + unit * -(-(last - first) // (2 * unit))
-        columns(first, half)
-        add_product(Wt[half:last], U[first:half, half:last].T, Wt[first:half], -1.0)
-        columns(half, last)
-
-    columns(0, I)
+    width = min(block_size, grid.group_size) if dynamic else block_size
+    solve, width = block_solver(Wt.device, width)
+    _Columns(Wt, U, grid, params, group_of, codes, solve, width, dynamic).solve(0, I)
     return codes, params
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The recursion of `solve_columns`, by its names.
+
+    Attributes:
+        solve_leaf: solves up to `width` columns.
+        dynamic: scales are fitted when a group's turn comes.
+    """
+
+    Wt: Float[Tensor, "I O"]
+    U: Float[Tensor, "I I"]
+    grid: Grid
+    params: Params
+    group_of: Int[Tensor, " I"]
+    codes: Integer[Tensor, "I O"]
+    solve_leaf: BlockSolver
+    width: int
+    dynamic: bool
+
+    def solve(self, first: int, last: int) -> None:
+        """Solves columns [first, last), which carry every error made before `first`."""
+        now, size, grid = slice(first, last), last - first, self.grid
+        if self.dynamic and size == grid.group_size:
+            self.fit_group(now)
+        if size <= self.width:
+            s, z = (of_columns(t, self.group_of[now], self.Wt.shape[1]) for t in self.params)
+            self.codes[now], self.Wt[now] = self.solve_leaf(
+                self.Wt[now], self.U[now, now], s, z, grid.low, grid.high, grid.symmetric
+            )
+            return
+        # a group is never cut before it is fitted
+        unit = grid.group_size if self.dynamic and size > grid.group_size else self.width
+        half = first + unit * -(-size // (2 * unit))
+        self.solve(first, half)
+        add_product(self.Wt[half:last], self.U[first:half, half:last].T, self.Wt[first:half], -1.0)
+        self.solve(half, last)
+
+    def fit_group(self, columns: slice) -> None:
+        """Scale and zero of the group that these columns are."""
+        scale, zero = fit(self.Wt[columns].T, replace(self.grid, group_size=PER_ROW))
+        group = columns.start // self.grid.group_size
+        self.params.scale[:, group], self.params.zero[:, group] = scale[:, 0], zero[:, 0]
 
 
 def of_columns(t: Float[Tensor, "#O G"], group_of: Int[Tensor, " B"], O: int) -> Float[Tensor, "B O"]:

@@ -157,10 +157,10 @@ def compact_block(model: Any, index: int) -> None:
             module.compact()
     if is_streamed(model):
         blocks.keep(index)
-    _give_back_freed_memory()
+    give_back_freed_memory()
 
 
-def _give_back_freed_memory() -> None:
+def give_back_freed_memory() -> None:
     """Returns freed pages to the system. Codes that stay lie between temporaries that went, and glibc holds
     the gaps: without this a block of 103 MB adds up to 115 MB instead of its 26 MB of codes."""
     with suppress(OSError, AttributeError):  # another C library

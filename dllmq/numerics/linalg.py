@@ -184,11 +184,8 @@ def damped_inverse_cholesky(H: Float[Tensor, "I I"], damp: float) -> Float[Tenso
     Raises:
         SingularHessianError: H + damping is not positive definite in fp32.
     """
-    damping = damp * H.diagonal().mean()
-    H = H.clone()
-    H.diagonal().add_(damping)
     U = torch.zeros_like(H)
-    if int(_invert_factor(H, U)) != 0:
+    if int(_invert_factor(H, damp * H.diagonal().mean(), U)) != 0:
         raise SingularHessianError(
             f"the Hessian plus damping {damp:g} of its mean diagonal is not positive definite: raise damp "
             f"(try {10 * damp:g}), calibrate on more tokens than the {H.shape[0]} channels, or in float32."
@@ -196,27 +193,41 @@ def damped_inverse_cholesky(H: Float[Tensor, "I I"], damp: float) -> Float[Tenso
     return U
 
 
-def _invert_factor(H: Float[Tensor, "M M"], U: Float[Tensor, "M M"]) -> Int[Tensor, ""]:
-    """Fills U = R^-1, where R R^T = H and R is upper triangular; not 0 if H has no such R.
+def _invert_factor(
+    H: Float[Tensor, "M M"], damping: Float[Tensor, ""], U: Float[Tensor, "M M"]
+) -> Int[Tensor, ""]:
+    """Fills U = R^-1, where R R^T = H + damping and R is upper triangular; not 0 if there is no such R.
 
     On halves, R R^T = H reads  R_22 R_22^T = H_22,  R_12 = H_12 U_22^T,  R_11 R_11^T = H_11 - R_12 R_12^T,
-    and the inverse of R has U_12 = -U_11 R_12 U_22 beside the inverses of its diagonal blocks.
+    and the inverse of R has U_12 = -U_11 R_12 U_22 beside the inverses of its diagonal blocks. Of H no more
+    than a quarter is copied at a time: a Hessian can be larger than the weights it belongs to.
 
     Args:
-        H: its lower half and diagonal tiles are read and destroyed.
+        H: its lower half and diagonal tiles are read.
         U: zeros.
     """
     M = len(H)
     if M <= LEAF:
         failed: Tensor
-        L, failed = torch.linalg.cholesky_ex(H.flip(0, 1))  # of H with rows and columns reversed: R = flip(L)
+        L, failed = torch.linalg.cholesky_ex(
+            damped(H, damping).flip(0, 1)
+        )  # rows and columns reversed: R = flip(L)
         eye = torch.eye(M, dtype=H.dtype, device=H.device)
         U.copy_(torch.linalg.solve_triangular(L.flip(0, 1), eye, upper=True))
         return failed
     half = M // 2
-    failed_22 = _invert_factor(H[half:, half:], U[half:, half:])
+    failed_22 = _invert_factor(H[half:, half:], damping, U[half:, half:])
     R_12 = upper_product(U[half:, half:], H[half:, :half]).T.contiguous()
-    add_square(H[:half, :half], R_12, -1.0)
-    failed_11 = _invert_factor(H[:half, :half], U[:half, :half])
+    H_11 = damped(H[:half, :half], damping)
+    add_square(H_11, R_12, -1.0)
+    failed_11 = _invert_factor(H_11, torch.zeros_like(damping), U[:half, :half])
+    del H_11
     U[:half, half:] = product(upper_product(U[:half, :half], R_12), U[half:, half:]).neg_()
     return failed_11 + failed_22
+
+
+def damped(H: Float[Tensor, "M M"], damping: Float[Tensor, ""]) -> Float[Tensor, "M M"]:
+    """A copy of H with the damping on its diagonal."""
+    H = H.clone()
+    H.diagonal().add_(damping)
+    return H

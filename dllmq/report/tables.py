@@ -241,7 +241,7 @@ def other_metrics_table(sweep: Sweep) -> Table:
         rows.append(Row(tuple(cells), "reference" if group.records[0] is sweep.baseline else "run"))
     columns = [Column("run", KEEP, numeric=False)]
     for task, metric in others:
-        columns += [Column(f"{task}\n{metric.removesuffix(',none')} %", KEEP)]
+        columns += [Column(f"{task}\n{metric_title(metric)} %", KEEP)]
         columns += [Column(f"{task}\nΔ fp [95 %]", 30)] if sweep.baseline else []
     return Table("Other metrics of the same answers", tuple(columns), tuple(rows))
 

@@ -279,13 +279,27 @@ def test_broken_configs_are_one_sentence(words: Words, key: str, value: str, add
 
 
 @pytest.mark.slow
+@settings(plain, max_examples=100)
+@given(ALL_WORDS)
+def test_a_hundred_valid_configs_dry_run(words: Words) -> None:
+    valid_words_dry_run(words)
+
+
+@pytest.mark.slow
+@settings(plain, max_examples=200)
+@given(words=ALL_WORDS, **BROKEN)
+def test_two_hundred_broken_configs_are_one_sentence(words: Words, key: str, value: str, add: bool) -> None:
+    broken_words_are_told(words, key, value, add)
+
+
+@pytest.mark.long
 @settings(plain, max_examples=400)
 @given(ALL_WORDS)
 def test_four_hundred_valid_configs_dry_run(words: Words) -> None:
     valid_words_dry_run(words)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(plain, max_examples=600)
 @given(words=ALL_WORDS, **BROKEN)
 def test_six_hundred_broken_configs_are_one_sentence(words: Words, key: str, value: str, add: bool) -> None:

@@ -1,5 +1,9 @@
 """GPTQ against OBQ as the paper defines it, and what must not change its result."""
 
+import gc
+import importlib
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -401,3 +405,23 @@ def test_nan_weight_is_named() -> None:
     broken[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"blocks\.0\.qkv\.k_proj: the weight holds NaN or Inf"):
         GPTQ()(group(q_proj=W, k_proj=broken), GroupStats(gram=H), Grid(4))
+
+
+def test_a_solved_layer_leaves_nothing_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a garbage collection too: between two of them blocks of gigabytes would stay."""
+    factors = []
+
+    def factor(H: Tensor, damp: float) -> Tensor:
+        U = damped_inverse_cholesky(H, damp)
+        factors.append(weakref.ref(U))
+        return U
+
+    monkeypatch.setattr(importlib.import_module("dllmq.methods.gptq"), "damped_inverse_cholesky", factor)
+    W, H = torch.randn(6, 40), weighted_gram(torch.randn(100, 40))
+    gc.disable()
+    try:
+        for grid in (Grid(4), Grid(4, group_size=8)):
+            gptq_solve(W, H, grid)
+    finally:
+        gc.enable()
+    assert [factor() for factor in factors] == [None, None]

@@ -70,9 +70,9 @@ def test_both_filters_of_gsm8k_are_shown_and_those_of_mini_tasks_are_not(sweep):
     own = [gsm8k(run) for run in sweep.records]
     found = Sweep(**{**vars(sweep), "records": tuple(own), "baseline": gsm8k(sweep.baseline)})
     table = next(t for t in sweep_tables(found) if t.title == "Other metrics of the same answers")
-    assert column(results_table(found), "gsm8k\nexact_match,strict-match %")[1] == "0.0 ± 0.0 (200)"
+    assert column(results_table(found), "gsm8k\nexact_match,\nstrict-match %")[1] == "0.0 ± 0.0 (200)"
     flexible = column(results_table(sweep), "mini_gsm\nexact_match %")
-    assert column(table, "gsm8k\nexact_match,flexible-extract %") == flexible[: len(own) + 1]
+    assert column(table, "gsm8k\nexact_match,\nflexible-extract %") == flexible[: len(own) + 1]
     deltas = column(results_table(sweep), "mini_gsm\nΔ fp [95 %]")
     assert column(table, "gsm8k\nΔ fp [95 %]") == deltas[: len(own) + 1]
     mini = Sweep(**{**vars(sweep), "records": tuple(gsm8k(run, "mini_gsm") for run in sweep.records)})
