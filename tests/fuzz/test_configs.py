@@ -79,7 +79,8 @@ METHODS: list[Words] = [
 # What only goes together, on the embedded model and other LLaDAs.
 LLADA: list[Words] = [
     [],
-    ["sampler.steps=12", "sampler.temperature=0.7", "sampler.cfg_scale=1.5"],
+    ["sampler.gen_length=48", "sampler.steps=12", "sampler.block_length=16", "sampler.temperature=0.7"],
+    ["sampler.cfg_scale=1.5"],
     ["sampler.gen_length=64", "sampler.steps=64", "sampler.block_length=32", "sampler.remasking=random"],
     ["sampler.cache=dual", "sampler.threshold=0.9", "sampler.logits_eos_inf=true"],
     ["sampler.cache=prefix", "sampler.threshold=1.5", "sampler.confidence_eos_eot_inf=true"],
