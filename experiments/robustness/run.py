@@ -461,7 +461,7 @@ def main() -> None:
     arguments = parser.parse_args()
     whole = arguments.faults == sum(KINDS.values())
     rng, began = random.Random(arguments.seed), time.perf_counter()
-    wanted = {kind: -(-n * arguments.faults // sum(KINDS.values())) for kind, n in KINDS.items()}
+    wanted = {kind: round(n * arguments.faults / sum(KINDS.values())) for kind, n in KINDS.items()}
     faults: list[Fault] = []
     with tempfile.TemporaryDirectory() as name:
         where = Path(name)

@@ -1,4 +1,4 @@
-"""A seeded sample of experiments/robustness: one fault of every kind, two of some, over a whole sweep."""
+"""A seeded sample of experiments/robustness: faults of the kinds that it has most of, over a whole sweep."""
 
 import json
 import os
