@@ -263,9 +263,9 @@ def test_an_export_brings_the_preset_along_that_it_was_made_with(tmp_path: Path)
     ("argv", "said"),
     [
         (["sampler.steps=7"], "steps (the total) must be a multiple of the number of blocks"),
-        (["metod=gptq"], "Could not override 'metod'"),
-        (["method=awqq"], "Could not find 'method/awqq'"),
-        (["experiment=ablatio"], "Could not find 'experiment/ablatio'"),
+        (["metod=gptq"], "there is no key metod. Did you mean method?"),
+        (["method=awqq"], "method=awqq is not known. Did you mean awq?"),
+        (["experiment=ablatio"], "experiment=ablatio is not known. Did you mean ablation?"),
         (["bits=w1a4"], "bits=w1a4 is not a width"),
         (["--model", "/no/such/folder"], "model path /no/such/folder does not exist"),
         ([" "], "the prompt is empty"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import forked
@@ -122,8 +123,9 @@ def test_layout_of_prompts() -> None:
     assert (own.answers()["gsm8k"].chat_template, own.answers()["gsm8k"].add_bos) == (True, False)
 
 
-def test_the_plan_of_a_made_checkpoint_is_described(checkpoint: Path, data: Path) -> None:
-    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")  # an instruct checkpoint has one
+def test_the_plan_of_a_made_checkpoint_is_described(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(checkpoint, tmp_path / "instruct")
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
     words = ["model=llada_8b_instruct", "tasks.names=[gsm8k,humaneval]", "tasks.settings=fast_dllm"]
     words += ["eval.allow_code_execution=true", "sampler.steps=128", "tasks.chat_template=false"]
     plan = check_cell(composed(*words, f"model.path={checkpoint}", f"tasks.data_dir={data}"))
