@@ -28,8 +28,11 @@ PROBLEMS = 24
 
 @pytest.mark.parametrize(
     ("weights", "inputs"),
-    [(Grid(4), Grid(8)), (Grid(2), Grid(4)), (Grid(4, 32), Grid(4, 64))],
-    ids=["w4a8", "w2a4", "w4a4 in groups"],
+    [
+        pytest.param(Grid(4), Grid(8), marks=pytest.mark.long, id="w4a8"),
+        pytest.param(Grid(2), Grid(4), id="w2a4"),
+        pytest.param(Grid(4, 32), Grid(4, 64), id="w4a4 in groups"),
+    ],
 )
 def test_scores_of_fake_and_packed_agree(weights: Grid, inputs: Grid, tmp_path: Path) -> None:
     """Sums that differ in their last bit may turn a token, and an answer with it, either way: McNemar's test

@@ -192,7 +192,7 @@ def test_a_helper_ends_without_a_traceback(
     "chosen",
     [
         pytest.param(["one", "two, killed, same command again"], marks=pytest.mark.slow),
-        pytest.param(["one, packed", "two, packed"], marks=pytest.mark.slow),
+        pytest.param(["one, packed", "two, packed"], marks=pytest.mark.long),
         pytest.param(["one", "two", "three"], marks=pytest.mark.long),  # also in evaluation/test_shares.py
     ],
     ids=lambda names: names[-1].partition(", same")[0],

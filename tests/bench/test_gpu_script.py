@@ -80,7 +80,7 @@ def test_a_part_out_of_time_is_ended(script: Any, tmp_path: Path, monkeypatch: A
     assert script.in_process(arguments(tmp_path), "linear", 0.2).startswith("out of time after 0 s")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_script_at_a_toy_size(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), *DRY, "--seconds", "3000"]  # others work
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
