@@ -103,7 +103,11 @@ class Cell:
             clean(folder)
         try:
             with locked(self.folder / ".lock", f"{self.name}: another process runs it; waiting") as problem:
-                return self._finished() or self._run(problem)
+                record = self._finished()
+                if record is None:
+                    return self._run(problem)
+                self._mend_baseline()
+                return record
         except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
             sentence = in_words(error, self.sweep, self.stages.current)
             if sentence is None:
@@ -227,8 +231,7 @@ class Cell:
             log.warning("no effect: %s", line)
         with stages("load"):
             model, tokenizer = self._load()
-        folder = Path(config.cache_dir).expanduser() if config.cache_dir else self.sweep / ".shared"
-        shared = FullPrecision(self.plan, Cache(folder), model, tokenizer, self.progress)
+        shared = self._shared(model, tokenizer)
         with forwards.watching(model):
             baseline = self._baseline(shared)
             if isinstance(self.plan.recipe.method, FP) and config.approximations():
@@ -278,16 +281,31 @@ class Cell:
         )  # before the weights: what is wrong with it takes no minutes to say
         return load_model(folder, device, dtype, self.memory.stream), tokenizer
 
+    def _shared(self, model: Any, tokenizer: Any) -> FullPrecision:
+        """What cells share of full precision's work."""
+        given = self.config.cache_dir
+        folder = Path(given).expanduser() if given else self.sweep / ".shared"
+        return FullPrecision(self.plan, Cache(folder), model, tokenizer, self.progress)
+
+    def _mend_baseline(self) -> None:
+        """A finished cell's reference is there as well, from the cache as a rule."""
+        if self._kept_baseline() is None:
+            self._baseline(self._shared(*self._load()))
+
+    def _kept_baseline(self) -> RunRecord | None:
+        """The sweep's record of full precision; None where there is none, or one that cannot be read."""
+        file = self.sweep / BASELINE
+        try:
+            return load_record(file) if file.is_file() else None
+        except ValueError as error:
+            log.warning("%s: not readable (%s); full precision is looked up again", file, error)
+            return None
+
     def _baseline(self, shared: FullPrecision) -> RunRecord:
         """Full precision's record: the sweep's, or the cache's, or measured here."""
         file = self.sweep / BASELINE
-        if self.config.resume and file.is_file():
-            try:
-                record = load_record(file)
-                if record.fingerprint == self.fp_key:
-                    return record
-            except ValueError as error:
-                log.warning("%s: not readable (%s); full precision is looked up again", file, error)
+        if self.config.resume and (record := self._kept_baseline()) and record.fingerprint == self.fp_key:
+            return record
 
         def measure_now(unfinished: Path) -> Baseline:
             return self._measure_full_precision(shared, AnswerFolder(unfinished, self._fp_answers()))

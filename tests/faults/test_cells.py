@@ -234,6 +234,25 @@ def test_damage_anywhere_is_made_good(
 
 
 @SLOW
+@pytest.mark.parametrize(
+    "damage", [lambda raw: b"\xfb" + raw[1:], lambda raw: raw[:99], None], ids=["flip", "cut", "gone"]
+)
+def test_a_finished_cells_reference_is_mended(
+    tmp_path: Path, cell: Callable[..., Cell], plain: dict[str, Any], damage: Callable[[bytes], bytes] | None
+) -> None:
+    """The sweep's table needs it, and no other cell may be left to make it."""
+    cell(tmp_path).run()
+    file = tmp_path / "sweep/baseline.json"
+    whole = file.read_bytes()
+    if damage is None:
+        file.unlink()
+    else:
+        file.write_bytes(damage(whole))
+    assert numbers(cell(tmp_path).run(), tmp_path) == plain
+    assert load_record(file).scores == json.loads(whole)["scores"]
+
+
+@SLOW
 def test_a_flipped_digit_in_the_results_is_no_other_number(
     tmp_path: Path, cell: Callable[..., Cell], plain: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
