@@ -87,7 +87,7 @@ def sync_folder(folder: Path) -> None:
 def clean(folder: Path) -> None:
     """Removes what killed writers have left in a folder (not below it); files being written stay."""
     for leftover in folder.glob(f".*{_SUFFIX}"):
-        with suppress(OSError), leftover.open("rb") as file:
+        with suppress(OSError), leftover.open("rb+") as file:
             if _lock(file):
                 leftover.unlink(missing_ok=True)
 

@@ -29,6 +29,7 @@ import torch
 from dllmq.config import Plan, RunConfig
 from dllmq.diffusion import SamplerConfig
 from dllmq.evaluation import benchmarks
+from dllmq.evaluation.batches import LARGEST
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.task_settings import sizes
 from dllmq.evaluation.tasks import generates, published, task_config
@@ -285,7 +286,8 @@ def _cached(config: RunConfig, shape: Shape, itemsize: int) -> str:
     for name, answer in config.answers().items():
         if generates(name) and answer.sampler.cache != "none":
             asked = requests_of(config, name, answer)
-            rows = 1 if isinstance(answer.batch_size, str) else min(answer.batch_size, asked.count)
+            most = LARGEST if isinstance(answer.batch_size, str) else answer.batch_size
+            rows = min(most, asked.count)
             columns = asked.prompt + answer.sampler.gen_length
             size = rows * columns * (2 * shape.blocks * shape.kv + shape.d) * itemsize
             sizes[size] = f"{rows} prompt{'s' * (rows > 1)} of {name} at once, {columns} columns each"

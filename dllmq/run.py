@@ -203,10 +203,10 @@ def arguments(argv: list[str]) -> list[str]:
     if any(o.lower() == "dry_run=true" for o in overrides):
         argv = [a for a in argv if not a.startswith(("hydra/launcher=", "hydra.launcher."))]
     launched = any(a.startswith("hydra/launcher=") for a in argv)
-    if any(o.startswith(("hydra.sweep.dir=", "hydra.run.dir=")) for o in overrides):
+    sweeping = any(a in ("-m", "--multirun") for a in argv)
+    if any(o.startswith("hydra.sweep.dir=" if sweeping else "hydra.run.dir=") for o in overrides):
         return [_whole_path(a) if launched and a.startswith("hydra.sweep.dir=") else a for a in argv]
     folder = sweep_folder(overrides)
-    sweeping = any(a in ("-m", "--multirun") for a in argv)
     key, value = ("hydra.sweep.dir", folder) if sweeping else ("hydra.run.dir", f"{folder}/run")
     added = f"{key}='{value}'"
     return [*argv, _whole_path(added) if launched and sweeping else added]
@@ -282,7 +282,8 @@ def main() -> None:
     global _given, _names_folder_twice, _team
     _given = shlex.join(["python", "-m", "dllmq.run", *sys.argv[1:]])
     keys = [word.partition("=")[0] for word in sys.argv[1:] if "=" in word]
-    _names_folder_twice = "name" in keys and not {"hydra.run.dir", "hydra.sweep.dir"}.isdisjoint(keys)
+    own = "hydra.sweep.dir" if {"-m", "--multirun"} & set(sys.argv) else "hydra.run.dir"
+    _names_folder_twice = "name" in keys and own in keys
     for key in sorted({key for key in keys if keys.count(key) > 1}):
         log.warning("%s is given %d times; the last one counts", key, keys.count(key))
     if os.environ.get("WORLD_SIZE", "1") != "1":

@@ -136,7 +136,7 @@ def _check_ranges(config: RunConfig) -> None:
             f"eval.batch_size={config.eval.batch_size} is not known; it is a positive integer, or auto."
         )
     if not 0 <= config.seed < 2**62:
-        raise ValueError(f"seed={config.seed} is out of range; it is an integer from 0 to 2^62.")
+        raise ValueError(f"seed={config.seed} is out of range; it is an integer from 0 to 2^62 - 1.")
     if 1000 < max(config.cgq_unmasked, config.cgq_masked) < float("inf"):
         raise ValueError(
             f"cgq_unmasked={config.cgq_unmasked:g} and cgq_masked={config.cgq_masked:g}: an indicator is "
@@ -156,8 +156,11 @@ def _check_ranges(config: RunConfig) -> None:
 
 def _check_cache_dir(config: RunConfig) -> None:
     place = Path(config.cache_dir or ".").expanduser().absolute()
-    while not place.exists():
-        place = place.parent
+    try:
+        while not place.exists():
+            place = place.parent
+    except OSError:
+        return  # not to be entered: the cache warns, and the run goes on
     if not place.is_dir():
         raise ValueError(
             f"cache_dir={config.cache_dir} cannot be made, {place} is a file: give a folder, or null."
@@ -173,7 +176,8 @@ def _check_prompts(config: RunConfig, folder: Path) -> None:
         known = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
     except (OSError, ValueError):
         return  # reading the tokenizer says what is wrong with it
-    if known and config.add_bos and not config.chat_template and not any(v.get("bos_token") for v in known):
+    has_bos = any(isinstance(values, dict) and values.get("bos_token") for values in known)
+    if known and config.add_bos and not config.chat_template and not has_bos:
         raise ValueError(
             f"add_bos=true, but the tokenizer in {folder} has no BOS token: set tasks.add_bos=false."
         )

@@ -32,7 +32,7 @@ def compose_plan(overrides: Sequence[str], stored: bool = False) -> Plan:
     with initialize_config_module("dllmq.conf", version_base="1.3"):
         try:
             cfg = compose("config", overrides=list(overrides))
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             raise ValueError(refusal(error, overrides, _whole)) from error
     return check_cell(cfg, stored)
 
@@ -72,7 +72,7 @@ def check_choices(overrides: Sequence[str]) -> None:
             raise ValueError(
                 f"{word} deletes a key, which a run cannot do without: give {key}=<value> instead."
             )
-        if key == "hydra/launcher":  # which a dry run goes without
+        if key == "hydra/launcher" and "dry_run=true" in map(str.lower, overrides):  # which goes without
             choose(key, value.strip("'\""), dict.fromkeys([*_our_launchers(), *_LAUNCHERS]))
 
 

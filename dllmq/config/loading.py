@@ -25,6 +25,9 @@ def load(cfg: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         key, first = getattr(error, "full_key", None), str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"{key}: {first}." if key else f"{first}.") from error
+    for f in fields(RunConfig):
+        if is_dataclass(f.default_factory) and f.name in values and not isinstance(values[f.name], dict):
+            raise ValueError(f"{f.name} is a group of keys and takes no value: give {f.name}.<key>=<value>.")
     _refuse_loose(values, "")
     try:
         config = OmegaConf.to_object(OmegaConf.merge(schema, values))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pkgutil import resolve_name
 from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,9 +31,15 @@ def kind_of(cls: type, key: str) -> Any:
     return kind
 
 
+def told_types(kind: Any) -> bool:
+    """Whether `wrong_type` has a word for each type that is allowed."""
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return all(option in _KINDS for option in options)
+
+
 def wrong_type(key: str, value: Any, kind: Any) -> ValueError:
     """Of "seed=zero": one sentence with what came and what is allowed."""
-    options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     allowed = " or ".join(_KINDS.get(option, "another value") for option in options)
     return ValueError(f"{key}={in_yaml(value)} is not allowed: it must be {allowed}.")
 
@@ -64,7 +70,7 @@ def check_loose(key: str, value: Any, kind: Any) -> None:
     Raises:
         ValueError: see `wrong_type`.
     """
-    options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     number_as_switch = bool in options and isinstance(value, int) and value not in (0, 1)
     switch_as_number = isinstance(value, bool) and bool not in options and bool({int, float} & {*options})
     if number_as_switch or switch_as_number:
@@ -105,6 +111,9 @@ def build(key: str, node: Mapping[str, Any]) -> Any:
         typed = OmegaConf.merge(OmegaConf.structured(cls), arguments)
     except OmegaConfBaseException as error:
         name = str(error.full_key).partition("[")[0]
+        if name not in arguments or not told_types(kind_of(cls, name)):
+            first = str(error).splitlines()[0].rstrip(".")
+            raise ValueError(f"{key}: {name} of {cls.__name__} cannot be given here: {first}.") from error
         raise wrong_type(f"{key}.{name}", arguments.get(name), kind_of(cls, name)) from error
     plain = {k: v for k, v in OmegaConf.to_container(typed).items() if k in arguments}  # type: ignore[union-attr]
     with naming_group(key, known):

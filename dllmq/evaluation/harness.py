@@ -32,7 +32,7 @@ from dllmq.evaluation.answers import AnswerLog, Batch, digest
 from dllmq.evaluation.batches import Batches, halved, settle
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.shares import Replanned
-from dllmq.models.graphs import graphed
+from dllmq.models.graphs import GraphedModel, graphed
 from dllmq.models.tokenizer import render_chat
 
 log = logging.getLogger(__name__)
@@ -259,7 +259,12 @@ class DiffusionLM(LM):
         before = dict(vars(self.counters))
 
         def counted() -> Batch:
-            values = answer()
+            try:
+                values = answer()
+            except (MemoryError, RuntimeError):  # a smaller batch has shapes of its own
+                if isinstance(self.model.model, GraphedModel):
+                    self.model.model.forget()
+                raise
             counts = {name: now - before[name] for name, now in vars(self.counters).items()}
             return Batch(values, counts.pop("forwards"), counts={k: n for k, n in counts.items() if n})
 

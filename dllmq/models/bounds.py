@@ -48,6 +48,7 @@ def bounded(call: Callable[[], T], seconds: float, growth: int) -> T:
         return watch
 
     with _address_space(growth):
+        sys._getframe().f_trace_opcodes = True  # 3.12 asks for instructions only where one was wanted before
         sys.settrace(watch)
         try:
             return call()

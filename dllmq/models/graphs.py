@@ -49,7 +49,8 @@ from dllmq.models.recorded import (
 
 log = logging.getLogger(__name__)
 MAX_TOKENS = 4096  # rows x columns
-MAX_GRAPHS = 8  # the one used longest ago makes room
+MAX_GRAPHS = 16  # the one used longest ago makes room; a prefix cache has one a block (8), and the canvas
+MAX_CACHED = 2**14  # rows x columns of all caches that recordings hold
 
 
 class GraphedModel:
@@ -137,23 +138,42 @@ class GraphedModel:
             if memory is not None or not cache.is_empty:
                 recorded = self._find(
                     ("slice", *input_ids.shape, canvas, has_bias),
-                    lambda: self._record_slice(input_ids, start, cache, memory or Memory(cache)),
+                    lambda: self._record_slice(input_ids, start, cache, memory),
                 )
             run = recorded or self.model.use_cache
             return run(input_ids, start, cache)
 
     def _record_slice(
-        self, input_ids: Int[Tensor, "R n"], start: int, cache: KVCache, memory: Memory
+        self, input_ids: Int[Tensor, "R n"], start: int, cache: KVCache, memory: Memory | None
     ) -> RecordedSlice:
         """Warming up it writes the keys and values that the first replay writes again."""
         at = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
-        memory.hold(cache)
+        if memory is None:
+            self._make_room(len(input_ids), cache.context.sin.shape[-2])
+        held = memory or Memory(cache)
+        held.hold(cache)
 
         def run(ids: Tensor, context: Any) -> Tensor:
-            return self.model.run_cached(ids, context, memory.layers, at)
+            return self.model.run_cached(ids, context, held.layers, at)
 
         context = cache.context.columns(start, start + len(at))
-        return RecordedSlice(record(run, input_ids, context, self._capture), at, memory)
+        return RecordedSlice(record(run, input_ids, context, self._capture), at, held)
+
+    def _make_room(self, rows: int, canvas: int) -> None:
+        """Recordings that hold other caches go, those used longest ago first."""
+        sizes: list[Any] = [key[1::2] for key in self._recorded if key[0] == "slice"]
+        kept = list(dict.fromkeys(sizes))
+        while kept and sum(r * c for r, c in kept) + rows * canvas > MAX_CACHED:
+            oldest = kept.pop(0)
+            for key in [k for k in self._recorded if k[0] == "slice" and k[1::2] == oldest]:
+                del self._recorded[key]
+
+    def forget(self) -> None:
+        """Gives back what recordings hold; shapes are recorded anew when they come again."""
+        self._recorded.clear()
+        self._seen.clear()
+        if isinstance(self._capture, CudaCapture):
+            self._capture = CudaCapture(self.model.device)  # a pool of graphs that are gone is useless
 
     def _memory(self, rows: int, canvas: int) -> Memory | None:
         """What recordings of this many rows and columns of a canvas read already."""

@@ -129,5 +129,5 @@ def round_up(rows: int) -> int:
 
 def pad_rows(x: Shaped[Tensor, "B *rest"]) -> Shaped[Tensor, "R *rest"]:
     """x with copies of its last row up to the next of ROWS."""
-    missing = round_up(len(x)) - len(x)
+    missing = round_up(len(x)) - len(x) if len(x) else 0  # nobody may stay while rows wait outside
     return torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing else x

@@ -77,7 +77,8 @@ def refusal(args: argparse.Namespace) -> str:
     needed += ["triton"] if args.device.startswith("cuda") else []
     if missing := [name for name in needed if find_spec(name) is None]:
         words = " ".join(missing)
-        return f"{missing[0]} is not installed: pip install {words}, or leave its part out (--parts)."
+        out = "" if "triton" in missing else ", or leave its part out (--parts)"
+        return f"{missing[0]} is not installed: pip install {words}{out}."
     if not args.device.startswith("cuda") and not args.dry_run:
         return f"--device {args.device} is for --dry-run only: CPU numbers are python -m dllmq.bench's."
     return ""

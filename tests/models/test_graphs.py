@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllmq.diffusion import SamplerConfig, generate
+from dllmq.diffusion import SamplerConfig, denoise, generate
 from dllmq.models import graphs
 from dllmq.models.dream import Dream, DreamConfig
 from dllmq.models.graphs import GraphedModel, graphed, pad_rows, round_up
@@ -215,6 +215,44 @@ def test_cached_generation_is_that_of_the_model(make: Callable, cache: str, reco
     found = generate(GraphedModel(model, capture), ids(3), config, left_padding(3))
     assert torch.equal(found.tokens, expected.tokens) and found.forwards == expected.forwards == 12
     assert capture.recorded == recorded
+
+
+def test_nobody_may_stay_while_rows_wait_outside() -> None:
+    """With a threshold, rows whose block is complete are not in the canvas, and the others may all leave."""
+    _, cache = GraphedModel(llada(), FakeCapture()).start_cache(ids(3))
+    assert cache.take(torch.zeros(3, dtype=torch.bool)).rows == 0
+
+
+def test_rows_that_leave_do_not_change_cached_generation() -> None:
+    model = llada()
+
+    def tokens(predictor: object, seed: int) -> Tensor:
+        def leave(x: Tensor, *_: object) -> Tensor:
+            return (x == 38).any(1)
+
+        config = SamplerConfig(16, 8, 8, cache="dual", threshold=0.1)
+        steps = list(denoise(predictor, ids(4, seed=seed), config, leave=leave))
+        return steps[-1].tokens
+
+    for seed in range(8):
+        assert torch.equal(tokens(GraphedModel(model, FakeCapture()), seed), tokens(model, seed))
+
+
+def test_recordings_hold_few_caches_and_none_after_memory_ran_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MAX_CACHED", 50)  # rows x columns
+    model = llada()
+    wrapped = GraphedModel(model, FakeCapture())
+    for rows in (4, 3, 2, 1):
+        x = ids(rows)
+        for _ in range(3):
+            own, given = model.start_cache(x)[1], wrapped.start_cache(x)[1]
+            for _ in range(2):
+                y = ids(rows, 4, seed=rows)
+                assert torch.equal(wrapped.use_cache(y, 2, given), model.use_cache(y, 2, own))
+    held = {id(r.memory): r.memory.layers[0].K for key, r in wrapped._recorded.items() if key[0] == "slice"}
+    assert sum(K.shape[0] * K.shape[2] for K in held.values()) <= 50
+    wrapped.forget()
+    assert not wrapped._recorded
 
 
 def test_long_cached_forwards_are_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
