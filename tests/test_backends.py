@@ -31,7 +31,7 @@ PROBLEMS = 24
     [
         pytest.param(Grid(4), Grid(8), marks=pytest.mark.long, id="w4a8"),
         pytest.param(Grid(2), Grid(4), id="w2a4"),
-        pytest.param(Grid(4, 32), Grid(4, 64), id="w4a4 in groups"),
+        pytest.param(Grid(4, 32), Grid(4, 64), marks=pytest.mark.long, id="w4a4 in groups"),
     ],
 )
 def test_scores_of_fake_and_packed_agree(weights: Grid, inputs: Grid, tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_slurm_job_computes_with_as_many_threads_as_it_has_cpus(tmp_path: Path) -> None:
     more = fake_slurm.install(tmp_path / "slurm")
     done = launch(
