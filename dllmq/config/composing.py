@@ -59,18 +59,19 @@ def check_choices(overrides: Sequence[str]) -> None:
     groups = {entry.name for entry in files("dllmq.conf").iterdir() if entry.is_dir()} - {"hydra"}
     for word in overrides:
         key, _, value = word.lstrip("+~").partition("=")
+        told = " ".join(word.split())
         if not key.strip():
             raise ValueError(f"{word!r} names no key: write key=value.")
         if key in groups and value.strip().startswith(("[", "{")):
             raise ValueError(
-                f"{key}={value} is a list or a dict, but {key} is the name of one preset: give a name, or "
+                f"{told} is a list or a dict, but {key} is the name of one preset: give a name, or "
                 f"sweep over several with -m {key}=a,b."
             )
         if key in groups and value.strip() in ("", "null"):
-            raise ValueError(f"{word} names no preset of {key}: leave the word away for the usual one.")
+            raise ValueError(f"{told} names no preset of {key}: leave the word away for the usual one.")
         if word.startswith("~") and not key.startswith("hydra"):
             raise ValueError(
-                f"{word} deletes a key, which a run cannot do without: give {key}=<value> instead."
+                f"{told} deletes a key, which a run cannot do without: give {key}=<value> instead."
             )
         if key == "hydra/launcher" and "dry_run=true" in map(str.lower, overrides):  # which goes without
             choose(key, value.strip("'\""), dict.fromkeys([*_our_launchers(), *_LAUNCHERS]))
