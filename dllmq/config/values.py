@@ -31,16 +31,14 @@ def kind_of(cls: type, key: str) -> Any:
     return kind
 
 
-def told_types(kind: Any) -> bool:
-    """Whether `wrong_type` has a word for each type that is allowed."""
-    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    return all(option in _KINDS for option in options)
+def options_of(kind: Any) -> tuple[Any, ...]:
+    """The types that a field takes: int and None of `int | None`."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def wrong_type(key: str, value: Any, kind: Any) -> ValueError:
     """Of "seed=zero": one sentence with what came and what is allowed."""
-    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    allowed = " or ".join(_KINDS.get(option, "another value") for option in options)
+    allowed = " or ".join(_KINDS.get(option, "another value") for option in options_of(kind))
     return ValueError(f"{key}={in_yaml(value)} is not allowed: it must be {allowed}.")
 
 
@@ -70,7 +68,7 @@ def check_loose(key: str, value: Any, kind: Any) -> None:
     Raises:
         ValueError: see `wrong_type`.
     """
-    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    options = options_of(kind)
     number_as_switch = bool in options and isinstance(value, int) and value not in (0, 1)
     switch_as_number = isinstance(value, bool) and bool not in options and bool({int, float} & {*options})
     if number_as_switch or switch_as_number:
@@ -111,7 +109,7 @@ def build(key: str, node: Mapping[str, Any]) -> Any:
         typed = OmegaConf.merge(OmegaConf.structured(cls), arguments)
     except OmegaConfBaseException as error:
         name = str(error.full_key).partition("[")[0]
-        if name not in arguments or not told_types(kind_of(cls, name)):
+        if name not in arguments or not {*options_of(kind_of(cls, name))} <= _KINDS.keys():
             first = str(error).splitlines()[0].rstrip(".")
             raise ValueError(f"{key}: {name} of {cls.__name__} cannot be given here: {first}.") from error
         raise wrong_type(f"{key}.{name}", arguments.get(name), kind_of(cls, name)) from error
