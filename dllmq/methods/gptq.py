@@ -27,11 +27,12 @@ E errors e_i [B, O] of B columns, g group size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -248,13 +249,18 @@ def solve_block(
     E, q, Ut, c, rows = room(*Wt.shape, Wt.dtype, Wt.device)
     E.copy_(Wt)
     Ut.copy_(U.T)
-    lows, highs = low - zero, high - zero  # of q without its zero
-    columns = zip(rows, scale.unbind(), lows.unbind(), highs.unbind(), strict=True)
-    for (w, errors, u, u_ii, code), s, least, most in columns:
+    z = zero[:1] if zero.stride(0) == 0 else zero
+    limits = map(each_column, (scale, low - z, high - z))  # of q without its zero
+    for (w, errors, u, u_ii, code), s, least, most in zip(rows, *limits, strict=False):
         w.addmv_(errors, u, alpha=-1)
         torch.addcdiv(c, w, s, out=code).sub_(c).clamp_(least, most)
         torch.addcmul(w, code, s, value=-1, out=w).div_(u_ii)
     return q.add_(zero).to(torch.int8 if symmetric else torch.uint8), E
+
+
+def each_column(t: Float[Tensor, "#B O"]) -> Iterable[Float[Tensor, " O"]]:
+    """The rows of t; one that stands for all, again and again."""
+    return repeat(t[0]) if t.stride(0) == 0 or len(t) == 1 else t.unbind()
 
 
 def block_solver(device: torch.device, block_size: int) -> tuple[BlockSolver, int]:

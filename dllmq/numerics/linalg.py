@@ -15,7 +15,8 @@ from torch import Tensor
 
 TILE = 512  # symmetric and triangular products are cut into halves down to this width
 LEAF = 256  # down to this width a matrix is factored by LAPACK
-SMALLEST = 64  # of a product's three sizes, for oneDNN to be worth its call
+SMALLEST = 32  # of a product's three sizes, for oneDNN to be worth its call
+LARGEST = 2**22  # numbers in a product that is made to be added: memory of more is new each time, and slow
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -51,10 +52,12 @@ def add_product(
     C: Float[Tensor, "M N"], A: Float[Tensor, "M K"], B: Float[Tensor, "K N"], alpha: float = 1.0
 ) -> None:
     """C <- C + alpha A B in place."""
-    if min(*A.shape, B.shape[1]) >= SMALLEST:
-        C.add_(product(A, B), alpha=alpha)
-    else:
+    if min(*A.shape, B.shape[1]) < SMALLEST:
         C.addmm_(A, B, alpha=alpha)
+        return
+    rows = max(SMALLEST, LARGEST // max(A.shape[1], B.shape[1]))
+    for part, given in zip(C.split(rows), A.split(rows), strict=True):
+        part.add_(product(given, B), alpha=alpha)
 
 
 def add_square(C: Float[Tensor, "M M"], A: Float[Tensor, "M K"], alpha: float = 1.0) -> None:
