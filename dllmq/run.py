@@ -196,6 +196,7 @@ def describe_answers(plan: Plan, name: str, answer: EvalSettings) -> list[str]:
 def arguments(argv: list[str]) -> list[str]:
     """argv with the folder of a run or sweep, so that the same command finds the same folder again.
 
+    A single run is the cell `run` of the folder that is named: beside it lie the baseline and the report.
     A sweep with a launcher names it by its whole path: its workers may start elsewhere. A dry run needs no
     launcher.
     """
@@ -205,11 +206,19 @@ def arguments(argv: list[str]) -> list[str]:
     launched = any(a.startswith("hydra/launcher=") for a in argv)
     sweeping = any(a in ("-m", "--multirun") for a in argv)
     if any(o.startswith("hydra.sweep.dir=" if sweeping else "hydra.run.dir=") for o in overrides):
+        if not sweeping:
+            return [_of_its_run(a) if a.startswith("hydra.run.dir=") else a for a in argv]
         return [_whole_path(a) if launched and a.startswith("hydra.sweep.dir=") else a for a in argv]
     folder = sweep_folder(overrides)
     key, value = ("hydra.sweep.dir", folder) if sweeping else ("hydra.run.dir", f"{folder}/run")
     added = f"{key}='{value}'"
     return [*argv, _whole_path(added) if launched and sweeping else added]
+
+
+def _of_its_run(override: str) -> str:
+    key, _, value = override.partition("=")
+    folder = value.strip("'\"").rstrip("/")
+    return override if folder.rpartition("/")[2] == "run" else f"{key}='{folder}/run'"
 
 
 def _whole_path(override: str) -> str:

@@ -296,6 +296,8 @@ def test_arguments_get_a_folder_unless_they_have_one() -> None:
     assert arguments(["-m", "tmas=true,false"])[-1] == "hydra.sweep.dir='outputs/tmas=true,false'"
     assert arguments(["tmas=true"])[-1] == "hydra.run.dir='outputs/tmas=true/run'"
     assert arguments(["-m", "hydra.sweep.dir=x"]) == ["-m", "hydra.sweep.dir=x"]
+    for named in ("/data/x", "/data/x/", "'/data/x'", "/data/x/run"):  # no report over all of /data
+        assert arguments([f"hydra.run.dir={named}"])[-1].replace("'", "") == "hydra.run.dir=/data/x/run"
 
 
 def test_progress_is_drawn_on_a_terminal_only() -> None:
