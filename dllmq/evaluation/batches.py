@@ -5,6 +5,10 @@ by their tokens, and cut from the longest on. A batch ends when it is full, or w
 would be pads for more than a quarter (`PADDING`): left padding is computed like everything else, so a short
 prompt is cheaper in a batch of its own kind. Shuffled requests give the same batches.
 
+On a GPU the canvas of a batch that has pads anyway ends at a multiple of `BUCKET`: fewer shapes to record
+(models/graphs.py), and a mask whose rows are aligned. Where all prompts are of one length there are no pads,
+and none are added: attention then needs no mask.
+
 The size is a number, or `auto`: the largest power of two, 64 at most, whose canvases of the longest prompt
 take a quarter of the device's memory (of all of it in whole GiB, not of what is free just now: the same
 requests on the same machine give the same size). When memory runs out all the same, the size is halved for
@@ -25,6 +29,7 @@ from dllmq.models.memory import rounded, total_memory
 
 log = logging.getLogger(__name__)
 PADDING = 0.25  # share of a canvas that may be pads
+BUCKET = 32  # columns
 LARGEST = 64  # rows; beyond that no device gets faster
 SHARE = 0.25  # of the device's memory that `auto` lets the activations take
 # Vectors of the model's width that a block holds at once per token, in float32: residual, norm, Q, K, V and
@@ -120,6 +125,14 @@ def cut(lengths: Sequence[int], gen_length: int, size: int) -> list[int]:
         sizes.append(i - first)
         first = i
     return [*sizes, len(lengths) - first] if lengths else []
+
+
+def prompt_columns(lengths: Sequence[int], gen_length: int, device: torch.device) -> int:
+    """Columns that the prompts of one batch take, pads included."""
+    longest = max(lengths)
+    if device.type != "cuda" or min(lengths) == longest:
+        return longest
+    return -(-(longest + gen_length) // BUCKET) * BUCKET - gen_length
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -29,7 +29,7 @@ from torch import Tensor
 from dllmq.diffusion import MaskPredictor, apply, denoise, greedy_match, log_likelihoods
 from dllmq.diffusion.predict import States, states_of
 from dllmq.evaluation.answers import AnswerLog, Batch, digest
-from dllmq.evaluation.batches import Batches, halved, settle
+from dllmq.evaluation.batches import Batches, halved, prompt_columns, settle
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.evaluation.shares import Replanned
 from dllmq.models.graphs import GraphedModel, graphed
@@ -291,7 +291,8 @@ class DiffusionLM(LM):
         with its last row.
         """
         sampler, config = self.settings.sampler, self.model.config
-        prompt_ids, attention_mask = left_pad(prompts, pad=self.eos_ids[0] if self.eos_ids else 0)
+        width = prompt_columns([len(p) for p in prompts], sampler.gen_length, self.model.device)
+        prompt_ids, attention_mask = left_pad(prompts, self.eos_ids[0] if self.eos_ids else 0, width)
         generator = torch.Generator(self.model.device).manual_seed(_seed(self.settings.seed, index))
         early = self.settings.eos_cut == "first"
         leave = self._settled if early and sampler.deterministic else None
@@ -451,9 +452,10 @@ class DiffusionLM(LM):
         return templates
 
 
-def left_pad(prompts: list[list[int]], pad: int) -> tuple[Int[Tensor, "B P"], Int[Tensor, "B P"] | None]:
-    """Prompts as one tensor and its attention mask; None where all have the same length."""
-    width = max(map(len, prompts))
+def left_pad(
+    prompts: list[list[int]], pad: int, width: int
+) -> tuple[Int[Tensor, "B P"], Int[Tensor, "B P"] | None]:
+    """Prompts as one tensor of `width` columns and its attention mask; None where there are no pads."""
     ids = _ids([[pad] * (width - len(prompt)) + prompt for prompt in prompts]).reshape(len(prompts), width)
     if all(len(prompt) == width for prompt in prompts):
         return ids, None

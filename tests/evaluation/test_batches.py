@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dllmq.diffusion import SamplerConfig
 from dllmq.evaluation import batches
-from dllmq.evaluation.batches import Batches, cut, is_out_of_memory, settle
+from dllmq.evaluation.batches import Batches, cut, is_out_of_memory, prompt_columns, settle
 from dllmq.evaluation.harness import DiffusionLM
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.mini.tasks import problems
@@ -65,6 +65,14 @@ def test_a_batch_ends_when_it_is_full_or_a_canvas_would_be_pads_for_a_quarter(
     lengths, gen_length, size, expected
 ) -> None:
     assert cut(lengths, gen_length, size) == expected
+
+
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=9), st.integers(1, 300))
+def test_padded_canvases_of_a_gpu_have_few_widths(lengths: list[int], gen_length: int) -> None:
+    exact = prompt_columns(lengths, gen_length, torch.device("cpu"))
+    wide = prompt_columns(lengths, gen_length, torch.device("cuda"))
+    assert exact == max(lengths) <= wide < max(lengths) + 32
+    assert wide == exact if len(set(lengths)) == 1 else (wide + gen_length) % 32 == 0
 
 
 # --- memory

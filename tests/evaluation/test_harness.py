@@ -13,6 +13,7 @@ from lm_eval.api.instance import Instance
 
 from dllmq.diffusion import SamplerConfig, generate, greedy_match, log_likelihood
 from dllmq.diffusion.likelihood import request_generator
+from dllmq.evaluation.batches import prompt_columns
 from dllmq.evaluation.harness import DiffusionLM, cut_answer, left_pad
 from dllmq.evaluation.settings import EvalSettings
 from dllmq.full_precision import ForwardCounter
@@ -64,6 +65,19 @@ def test_prompts_get_no_bos(model, tokenizer) -> None:
 def test_batch_size_does_not_change_answers(model, tokenizer, answers, batch_size: int) -> None:
     lm = DiffusionLM(model, tokenizer, EvalSettings(SAMPLER, batch_size=batch_size, eos_cut="none"))
     assert lm.generate_until(requests(8)) == answers
+
+
+def test_wider_canvases_change_no_answer(model, tokenizer, answers, monkeypatch) -> None:
+    """Batches are padded as on a GPU."""
+    widths = []
+
+    def as_on_a_gpu(lengths: list[int], gen_length: int, device: torch.device) -> int:
+        widths.append(prompt_columns(lengths, gen_length, torch.device("cuda")) - max(lengths))
+        return widths[-1] + max(lengths)
+
+    monkeypatch.setattr("dllmq.evaluation.harness.prompt_columns", as_on_a_gpu)
+    lm = DiffusionLM(model, tokenizer, EvalSettings(SAMPLER, batch_size=4, eos_cut="none"))
+    assert lm.generate_until(requests(8)) == answers and max(widths) > 0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -249,10 +263,10 @@ def test_long_prompt_is_refused_by_name(model, tokenizer) -> None:
 
 
 def test_left_padding() -> None:
-    ids, mask = left_pad([[1, 2, 3], [4]], pad=9)
+    ids, mask = left_pad([[1, 2, 3], [4]], 9, 3)
     assert ids.tolist() == [[1, 2, 3], [9, 9, 4]] and mask is not None
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert left_pad([[1], [2]], pad=9)[1] is None
+    assert left_pad([[1], [2]], 9, 1)[1] is None
 
 
 def test_counters_and_progress(model, tokenizer) -> None:
