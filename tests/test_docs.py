@@ -71,6 +71,7 @@ def as_run_here(command: str, folder: Path) -> list[str]:
         "torch.distributed.run": SMALL,
         "dllmq.report": [],
         "dllmq.status": [],
+        "dllmq.bench": [],
     }[words[2]]
     return [sys.executable, *words[1:], *(s for s in sized if s.partition("=")[0] not in command)]
 
