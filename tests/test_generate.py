@@ -207,6 +207,7 @@ def test_the_chat_template_wraps_the_prompt(tmp_path: Path) -> None:
 
 def test_the_prompt_comes_from_the_words_stdin_or_the_dev_split(monkeypatch: pytest.MonkeyPatch) -> None:
     assert program.read_prompt("x = 1") == "x = 1"
+    assert program.read_prompt(r"$\nabla f$" + "\nAnswer:") == "$\\nabla f$\nAnswer:"
     monkeypatch.setattr("sys.stdin", io.StringIO("from stdin\n"))
     assert program.read_prompt("-") == "from stdin\n"
     assert program.read_prompt(None) == f"Question: {problems('mini_gsm', 'dev', 1)[0]['question']}\nAnswer:"
