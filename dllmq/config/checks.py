@@ -15,7 +15,7 @@ from dllmq.checkpoint.formats import EXPORTS, layout_of
 from dllmq.config.effects import inert
 from dllmq.config.loading import load
 from dllmq.config.schema import DTYPES, RunConfig
-from dllmq.config.values import build, choose
+from dllmq.config.values import build, choose, naming_group
 from dllmq.diffusion import check_sampler
 from dllmq.evaluation.tasks import check_code_execution, check_task_data, check_tasks
 from dllmq.kernels.backends import find_backend
@@ -76,9 +76,9 @@ def check_cell(cfg: DictConfig, stored: bool = False) -> Plan:
     folder = checkpoint_folder(config.model_path)
     model = _checked_skeleton(folder, stored)
     _check_prompts(config, folder)
-    check_sampler(model.config, recipe.sampler)
-    for answer in answers.values():
-        check_sampler(model.config, answer.sampler)
+    for sampler in (recipe.sampler, *(answer.sampler for answer in answers.values())):
+        with naming_group("sampler", vars(config.sampler)):
+            check_sampler(model.config, sampler)
     check_group_sizes(model, recipe)
     _check_backend(config, recipe, device, model)
     _check_export(config, recipe, model)
@@ -211,7 +211,7 @@ def _check_backend(config: RunConfig, recipe: Recipe, device: str, model: Any) -
     assert recipe.weights is not None
     if _scatters_groups(recipe):
         raise ValueError(
-            "backend=packed has no kernel for the scattered groups of act_order: add "
+            "backend=packed has no kernel for the scattered groups of method.act_order=true: add "
             "method.static_groups=true, or use backend=fake or auto."
         )
     for name in (name for row in model.topology.groups for name in row.linears):

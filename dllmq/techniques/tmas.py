@@ -80,7 +80,9 @@ class TMAS:
 
     def __post_init__(self) -> None:
         if not all(math.isfinite(s) and s >= 0 for s in self.shares) or sum(self.shares) <= 0:
-            raise ValueError(f"tmas shares are {list(self.shares)}; they must be >= 0 with a positive sum.")
+            raise ValueError(
+                f"calibration.shares are {list(self.shares)}; they must be >= 0 with a positive sum."
+            )
 
     def __call__(
         self, trajectories: list[Trajectory], count: int, mask_id: int, rng: torch.Generator
