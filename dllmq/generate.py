@@ -259,12 +259,13 @@ def generate(args: argparse.Namespace, console: Console) -> None:
     runner = load(plan, prompt)
     screen = Screen(console, prompt, console.is_terminal and not args.trace, args.trace, args.delay)
     name, before = FULL_PRECISION, list[Frame]()
-    if hasattr(runner.model, "stored"):
+    stored = hasattr(runner.model, "stored")
+    for line in plan.inert_in_generation(stored):
+        print(f"dllmq.generate: no effect: {line}", file=sys.stderr)
+    if stored:
         name = AS_STORED
         set_backend(runner.model, plan.config.backend)
     if quantized:
-        for line in plan.recipe.inert():
-            print(f"dllmq.generate: no effect: {line}", file=sys.stderr)
         with progress_bar(console, "generate") as progress:
             if args.side_by_side:
                 before = replace(screen, animate=False).show(runner, FULL_PRECISION)

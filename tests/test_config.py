@@ -514,6 +514,35 @@ def test_a_key_without_effect_is_named_where_it_is_set(
     assert all(line.startswith(start) for line, start in zip(found, inert, strict=True)), found
 
 
+@pytest.mark.parametrize(
+    ("overrides", "stored", "inert"),
+    [
+        ([], False, []),
+        (["bits=w4a16", "act_symmetric=true"], False, ["act_symmetric: inputs"]),
+        (["iaaq=true", "attn_bits=none", "seed=1"], False, ["iaaq: V is not quantized"]),
+        ([*UNCALIBRATED, "seed=1", "calibration.batch_size=3", "calibration.num_prompts=4"], False,
+         ["calibration.num_prompts: RTN", "calibration.batch_size: RTN", "seed: RTN reads no calibration"]),
+        ([*UNCALIBRATED, "seed=1", "sampler.temperature=1"], False, []),  # noise is drawn
+        (["method=fp", "seed=1"], False, ["seed: full precision is not calibrated, and the sampler draws"]),
+        (["method=fp", "seed=1", "sampler.temperature=1"], False, []),
+        (["method=fp", "backend=fake"], False, ["backend: full precision"]),
+        (["method=fp", "backend=fake"], True, []),
+        (["tasks=mini_choice", "sampler.cache=dual", "eval.eos_cut=none"], False, []),  # no task is answered
+        (["eval.limit=3", "tasks.num_fewshot=1", "resume=false"], False,
+         ["eval.limit: one prompt", "tasks.num_fewshot: one prompt", "resume: nothing is recorded"]),
+        (["sampler.threshold=1.5", "tasks=mini_choice"], False, ["sampler.threshold: no confidence"]),
+    ],
+)  # fmt: skip
+def test_a_key_without_effect_on_one_answer_is_named(
+    overrides: list[str], stored: bool, inert: list[str]
+) -> None:
+    own = config(*overrides)
+    found = effects.inert_in_generation(own, own.recipe(), stored)
+    assert sorted(
+        line[: len(start)] for line, start in zip(sorted(found), sorted(inert), strict=True)
+    ) == sorted(inert), found
+
+
 def test_the_sampler_is_the_models_unless_overridden() -> None:
     for name in ("mini", "llada_8b_instruct"):
         own = OmegaConf.to_object(composed(f"model={name}"))["model"]["sampler"]

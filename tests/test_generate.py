@@ -82,6 +82,17 @@ def test_the_chat_template_is_left_out_where_asked_for(folder: Path) -> None:
     )
 
 
+def test_keys_without_effect_are_told_beside_the_answer(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pointless = ["seed=1", "sampler.threshold=1.5", "eval.limit=3"]
+    assert program.main([PROMPT, "--model", str(folder), *SAMPLER, *pointless]) == 0
+    told = [line.split(": ")[:3] for line in capsys.readouterr().err.splitlines()]
+    assert told == [
+        ["dllmq.generate", "no effect", key] for key in ("seed", "eval.limit", "sampler.threshold")
+    ]
+
+
 def test_trace_has_a_line_per_step(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = output(capsys, PROMPT, "--trace", "--model", str(folder), *SAMPLER).splitlines()
     assert [line.split("masked")[0].split() for line in lines[:8]] == [

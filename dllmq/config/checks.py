@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from dllmq.calibration.prompts import read_prompts
 from dllmq.checkpoint.formats import EXPORTS, layout_of
-from dllmq.config.effects import inert
+from dllmq.config.effects import inert, inert_in_generation
 from dllmq.config.loading import load
 from dllmq.config.schema import DTYPES, RunConfig
 from dllmq.config.values import build, choose, naming_group
@@ -39,6 +39,10 @@ class Plan:
     def inert(self) -> list[str]:
         """Keys without effect in this run, each with its reason."""
         return inert(self.config, self.recipe)
+
+    def inert_in_generation(self, stored: bool) -> list[str]:
+        """The same where `dllmq.generate` answers a prompt; stored: the model is quantized already."""
+        return inert_in_generation(self.config, self.recipe, stored)
 
 
 def check_cell(cfg: DictConfig, stored: bool = False) -> Plan:
