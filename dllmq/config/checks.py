@@ -117,12 +117,15 @@ _RANGES = {
     "eval.fidelity_states": (0, 10**6),
     "eval.fidelity_prompts": (1, 10**6),
     "eval.limit": (1, None),
+    "eval.mc_batch_size": (1, 10**5),
     "max_state_bytes": (0, None),
     "threads": (1, 1024),
     "sampler.gen_length": (1, 10**5),
     "sampler.steps": (1, 10**5),
     "sampler.temperature": (0, 100),
     "sampler.cfg_scale": (0, 100),
+    "sampler.alg_temp": (0, 100),
+    "sampler.top_k": (1, 10**6),
     "tasks.num_fewshot": (0, 1000),
 }
 

@@ -182,6 +182,8 @@ class RunConfig:
             return 8 if self.embedded else 128
         if not re.fullmatch("[0-9]+", self.eval.mc_num):
             raise ValueError(f"eval.mc_num={self.eval.mc_num} is not known; use auto or a positive integer.")
+        if len(self.eval.mc_num) > 6:  # nothing converges slower
+            raise ValueError(f"eval.mc_num={self.eval.mc_num:.40} is too large; it must be below 1000000.")
         return int(self.eval.mc_num)
 
     def sampler_config(self) -> SamplerConfig:

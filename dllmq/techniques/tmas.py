@@ -79,9 +79,10 @@ class TMAS:
     rescored: bool = False
 
     def __post_init__(self) -> None:
-        if not all(math.isfinite(s) and s >= 0 for s in self.shares) or sum(self.shares) <= 0:
+        if not all(s >= 0 for s in self.shares) or not 0 < sum(self.shares) < math.inf:
             raise ValueError(
-                f"calibration.shares are {list(self.shares)}; they must be >= 0 with a positive sum."
+                f"calibration.shares are {list(self.shares)}; they must be >= 0 with a positive sum "
+                "that is finite."
             )
 
     def __call__(
