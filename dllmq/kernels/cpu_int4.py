@@ -1,8 +1,11 @@
 """Integer linears on CPU with weights of up to 4 bits, two a byte in memory: `cpu_int8`'s arithmetic.
 
 A byte holds columns j and j + S/2 of a segment, the first one low, so that a chunk of outputs is widened to
-int8 by three passes without a gap between codes: b & 15, b >> 4, and both minus (z - low). Widening costs
-a quarter of the product at 256 tokens and half of it at 32 (AMD Zen 5); it saves half the memory of int8.
+int8 by three passes without a gap between codes: b & 15, b >> 4, and both minus (z - low). Outputs lie side
+by side (a weight's transpose): the product reads them like that twice as fast at 32 tokens as row by row.
+With one segment a chunk is small, so that it never leaves a core's cache between widening and product; with
+more there would be too many products. What it costs beside bf16, which reads four times the memory:
+experiments/speed/table.md.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ from torch import Tensor
 from dllmq.kernels import cpu_int8
 from dllmq.kernels.cpu_inputs import segment
 from dllmq.kernels.cpu_int8 import (
-    Bytes,
     Codes,
     Operand,
     integer_linear,
@@ -28,7 +30,25 @@ from dllmq.kernels.cpu_int8 import (
 from dllmq.numerics import Grid, QuantizedTensor
 
 __all__ = ["integer_linear", "prepare", "quant_linear", "quantize_for", "supports", "works"]
-OUTPUTS = 1024  # that are widened at a time
+OUTPUTS = (256, 1024)  # that are widened at a time: rows of one segment, of more
+
+
+@dataclass(frozen=True)
+class Columns:
+    """c of o outputs, segment by segment, outputs side by side."""
+
+    codes: Int8[Tensor, "N S o"]
+
+    def opened(self) -> Codes:
+        return self
+
+    def add(self, n: int, x: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
+        part = torch._int_mm(x, self.codes[n]).float()
+        part = part if scale is None else part.mul_(scale)
+        return part if total is None else total.add_(part)
+
+    def plain(self) -> Int8[Tensor, "o I"]:
+        return self.codes.flatten(0, 1).T.contiguous()
 
 
 @dataclass(frozen=True)
@@ -39,21 +59,21 @@ class Nibbles:
         packed: the bytes; base: z - low of each segment and output.
     """
 
-    packed: UInt8[Tensor, "N o half"]
+    packed: UInt8[Tensor, "N half o"]
     base: Int8[Tensor, "N o"]
 
     @classmethod
     def of(cls, codes: Int8[Tensor, "N o S"], base: Tensor) -> Nibbles:
         small = base.to(torch.int8)
-        low, high = (codes + small[..., None]).view(torch.uint8).chunk(2, -1)
+        low, high = (codes + small[..., None]).mT.contiguous().view(torch.uint8).chunk(2, 1)
         return cls(low | high << 4, small.contiguous())
 
     def opened(self) -> Codes:
-        half = self.packed.shape[2]
-        wide = torch.empty(*self.packed.shape[:2], 2 * half, dtype=torch.uint8)
-        torch.bitwise_and(self.packed, 15, out=wide[..., :half])
-        torch.bitwise_right_shift(self.packed, 4, out=wide[..., half:])
-        return Bytes(wide.view(torch.int8).sub_(self.base[..., None]))
+        N, half, o = self.packed.shape
+        wide = torch.empty(N, 2 * half, o, dtype=torch.uint8)
+        torch.bitwise_and(self.packed, 15, out=wide[:, :half])
+        torch.bitwise_right_shift(self.packed, 4, out=wide[:, half:])
+        return Columns(wide.view(torch.int8).sub_(self.base[:, None]))
 
     def add(self, n: int, x: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         return self.opened().add(n, x, scale, total)
@@ -71,4 +91,7 @@ def supports(weight: Grid, inputs: Grid | None, O: int, I: int) -> bool:
 
 def prepare(quantized: QuantizedTensor, inputs: Grid | None) -> Operand:
     """A weight's operand for inputs under a grid."""
-    return prepare_as(quantized, inputs, Nibbles.of, unsigned=False, outputs=OUTPUTS)
+    assert inputs is not None
+    I = quantized.shape[1]
+    outputs = OUTPUTS[segment(quantized.grid, inputs, I) < I]
+    return prepare_as(quantized, inputs, Nibbles.of, unsigned=False, outputs=outputs)
