@@ -43,7 +43,7 @@ class Operand:
         shape: (O, I); bits: of a code; tile: w.
     """
 
-    packed: tuple[UInt8[Tensor, "N n m"], ...]
+    packed: tuple[UInt8[Tensor, "N n _"], ...]
     scale: Float[Tensor, "G O"]
     zero: UInt8[Tensor, "G O"]
     shape: tuple[int, int]
