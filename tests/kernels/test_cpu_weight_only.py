@@ -43,7 +43,7 @@ def test_weights_are_dequantized_bit_for_bit(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_product_is_the_definition_up_to_rounding(dtype: torch.dtype) -> None:
-    """Of the weight and the output to the input's type, and of fp32 sums; many outputs, in a short last block."""
+    """Of the weight, the sums and the output; many outputs, in a short last block."""
     q, bias = round_to_nearest(torch.randn(300, 64), Grid(4, 32)), torch.randn(300).to(dtype)
     x = torch.randn(2, 5, 64).to(dtype)
     y = cpu_weight_only.quant_linear(x, cpu_weight_only.prepare(q, None), None, bias)
