@@ -2,7 +2,7 @@
 
     y = x Deq(Q_w)^T + b
 
-The product of `fake`, OUTPUTS outputs at a time: the dequantized weight is fake's bit for bit, and a block is
+The product of `fake`, some outputs at a time: the dequantized weight is fake's bit for bit, and a block is
 all that is held of it beside the codes. A block is made in fp32 in parts of CACHED values, which stay in a
 core's cache: widened to bytes, minus z, times s, rounded to the input's type. Outputs lie side by side (a
 weight's transpose), so that each pass reads and writes long runs however short a group is. Where n = 8 / b
@@ -10,8 +10,9 @@ codes fill a byte, a byte holds rows of a tile that lie apart, so that a pass ov
 
     byte_j = sum_k q_(j + k w / n) 2^(b k)      j < w / n,    w rows of a tile
 
-Other widths are packed along the outputs as in numerics/packing.py, which takes twice the passes. Beside bf16
-(AMD Zen 5) that is what dequantizing costs: as much as two products of 32 tokens, or a third of one of 256.
+Other widths are packed along the outputs as in numerics/packing.py, which takes more passes. It is for memory,
+not for speed: one core (AMD Zen 5) dequantizes 4096 x 12288 values in 25 to 30 ms, whatever their groups; the
+bf16 product itself takes 13 ms of 32 tokens and 70 of 256.
 
 Legend: I inputs, O outputs, o of a block; G groups, N tiles of w inputs (a group, or an even part of one).
 """
@@ -29,7 +30,7 @@ from dllmq.kernels.cpu_linear import linear
 from dllmq.numerics import Grid, QuantizedTensor
 from dllmq.numerics.packing import from_bytes, to_bytes
 
-OUTPUTS = 256  # of a block
+OUTPUTS = 256  # of a block at least; more where rows are short
 CACHED = 1 << 19  # values of a part
 
 
@@ -38,7 +39,7 @@ class Operand:
     """The codes of a weight, packed.
 
     Attributes:
-        packed: codes from 0 on of OUTPUTS outputs each, the last one of what is left.
+        packed: codes from 0 on of `outputs` outputs each, the last one of what is left.
         scale: s of each group; zero: z - low.
         shape: (O, I); bits: of a code; tile: w.
     """
@@ -49,15 +50,17 @@ class Operand:
     shape: tuple[int, int]
     bits: int
     tile: int
+    outputs: int
 
     @classmethod
     def of(cls, q: QuantizedTensor) -> Operand:
         (O, I), G, low, bits = q.shape, q.scale.shape[1], q.grid.low, q.grid.bits
-        tile = _tile(I // G)
+        outputs = max(OUTPUTS, CACHED // I)
+        tile = _tile(I // G, outputs)
         tiles = q.codes.to(torch.int16).sub_(low).to(torch.uint8).T.unflatten(0, (-1, tile))
-        packed = tuple(_pack(block, bits) for block in tiles.split(OUTPUTS, 2))
+        packed = tuple(_pack(block, bits) for block in tiles.split(outputs, 2))
         scale, zero = q.scale.expand(O, G).T.contiguous(), (q.zero - low).expand(O, G).T
-        return cls(packed, scale, zero.to(torch.uint8).contiguous(), (O, I), bits, tile)
+        return cls(packed, scale, zero.to(torch.uint8).contiguous(), (O, I), bits, tile, outputs)
 
     @property
     def layout(self) -> None:
@@ -75,7 +78,7 @@ class Operand:
     def dequantized(self, dtype: torch.dtype) -> Iterator[tuple[slice, Float[Tensor, "I o"]]]:
         """Blocks of Deq(Q)^T: `QuantizedTensor.dequantize` in another type, bit for bit; each is gone with
         the next, which takes its place in memory."""
-        I, O = self.shape[1], min(OUTPUTS, self.shape[0])
+        I, O = self.shape[1], min(self.outputs, self.shape[0])
         tiles = max(1, CACHED // (self.tile * O))
         codes = torch.empty(tiles * self.tile * O, dtype=torch.uint8)
         values, W = torch.empty(len(codes)), torch.empty(I * O, dtype=dtype)
@@ -94,7 +97,7 @@ class Operand:
     def blocks(self) -> Iterator[tuple[UInt8[Tensor, "N n m"], slice]]:
         """Codes of each block, and which outputs it holds."""
         for i, packed in enumerate(self.packed):
-            yield packed, slice(OUTPUTS * i, min(OUTPUTS * (i + 1), self.shape[0]))
+            yield packed, slice(self.outputs * i, min(self.outputs * (i + 1), self.shape[0]))
 
     def by_tile(self, groups: Shaped[Tensor, "G o"]) -> Shaped[Tensor, "N 1 o"]:
         """A group's numbers at each of its tiles."""
@@ -136,9 +139,9 @@ def works() -> bool:
     return True
 
 
-def _tile(group: int) -> int:
+def _tile(group: int, outputs: int) -> int:
     """w: a group of inputs, halved while a block of it is more than a part."""
-    while group % 2 == 0 and group * OUTPUTS > CACHED:
+    while group % 2 == 0 and group * outputs > CACHED:
         group //= 2
     return group
 
