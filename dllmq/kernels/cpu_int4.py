@@ -3,10 +3,10 @@
 A byte holds columns j and j + S/2 of a segment, the first one low, so that a chunk of outputs is widened to
 int8 by three passes without a gap between codes: b & 15, b >> 4, and both minus (z - low).
 
-Outputs lie side by side (a weight's transpose): the product reads them like that twice as fast at 32 tokens as
-row by row, though three times as slowly at one. With one segment a chunk is small, so that it stays in a
+Outputs lie side by side (a weight's transpose): the product reads them like that twice as fast at 32 tokens
+as row by row, though three times as slowly at one. With one segment a chunk is small, so that it stays in a
 core's cache between widening and product; with more segments there would be too many products. Widening costs
-a third of the product at 32 tokens and a tenth at 256 (one core, AMD Zen 5); it saves half the memory of int8.
+a third of all at 32 tokens and a tenth at 256 (one core, AMD Zen 5); it saves half the memory of int8.
 """
 
 from __future__ import annotations

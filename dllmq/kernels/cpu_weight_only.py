@@ -10,9 +10,9 @@ codes fill a byte, a byte holds rows of a tile that lie apart, so that a pass ov
 
     byte_j = sum_k q_(j + k w / n) 2^(b k)      j < w / n,    w rows of a tile
 
-Other widths are packed along the outputs as in numerics/packing.py, which takes more passes. It is for memory,
-not for speed: one core (AMD Zen 5) dequantizes 4096 x 12288 values in 25 to 30 ms, whatever their groups; the
-bf16 product itself takes 13 ms of 32 tokens and 70 of 256.
+Other widths are packed along the outputs as in numerics/packing.py, which takes more passes. It is for
+memory, not for speed: one core (AMD Zen 5) dequantizes 4096 x 12288 values of 4 bits in 25 to 30 ms, whatever
+their groups; the bf16 product itself takes 13 ms of 32 tokens and 70 of 256.
 
 Legend: I inputs, O outputs, o of a block; G groups, N tiles of w inputs (a group, or an even part of one).
 """
