@@ -3,10 +3,9 @@
 A byte holds columns j and j + S/2 of a segment, the first one low, so that a chunk of outputs is widened to
 int8 by three passes without a gap between codes: b & 15, b >> 4, and both minus (z - low).
 
-Outputs lie side by side (a weight's transpose): the product reads them like that twice as fast at 32 tokens
-as row by row, though three times as slowly at one. With one segment a chunk is small, so that it stays in a
-core's cache between widening and product; with more segments there would be too many products. Widening costs
-a third of all at 32 tokens and a tenth at 256 (one core, AMD Zen 5); it saves half the memory of int8.
+Outputs lie side by side (a weight's transpose): torch's product reads them like that twice as fast at 32
+tokens as row by row, though two to three times as slowly at one, which a diffusion model never has. Widening
+costs a third of all at 32 tokens and a tenth at 256 (one core, AMD Zen 5); it saves half the memory of int8.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ from dllmq.kernels.cpu_int8 import (
 from dllmq.numerics import Grid, QuantizedTensor
 
 __all__ = ["integer_linear", "prepare", "quant_linear", "quantize_for", "supports", "works"]
-OUTPUTS = (256, 1024)  # that are widened at a time: rows of one segment (more where they are short), of more
-CACHED = 1 << 20  # codes of such rows
+OUTPUTS = 1024  # that are widened at a time
 
 
 @dataclass(frozen=True)
@@ -93,8 +91,4 @@ def supports(weight: Grid, inputs: Grid | None, O: int, I: int) -> bool:
 
 def prepare(quantized: QuantizedTensor, inputs: Grid | None) -> Operand:
     """A weight's operand for inputs under a grid."""
-    assert inputs is not None
-    I = quantized.shape[1]
-    whole = segment(quantized.grid, inputs, I) == I
-    outputs = max(OUTPUTS[0], CACHED // I) if whole else OUTPUTS[1]
-    return prepare_as(quantized, inputs, Nibbles.of, unsigned=False, outputs=outputs)
+    return prepare_as(quantized, inputs, Nibbles.of, unsigned=False, outputs=OUTPUTS)

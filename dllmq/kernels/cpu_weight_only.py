@@ -31,7 +31,7 @@ from dllmq.numerics import Grid, QuantizedTensor
 from dllmq.numerics.packing import from_bytes, to_bytes
 
 OUTPUTS = 256  # of a block at least; more where rows are short
-CACHED = 1 << 19  # values of a part
+CACHED = 1 << 20  # values of a part
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Operand:
     Attributes:
         packed: codes from 0 on of `outputs` outputs each, the last one of what is left.
         scale: s of each group; zero: z - low.
-        shape: (O, I); bits: of a code; tile: w.
+        shape: (O, I); bits: of a code; tile: w; outputs: of a block.
     """
 
     packed: tuple[UInt8[Tensor, "N n _"], ...]
@@ -79,7 +79,7 @@ class Operand:
         """Blocks of Deq(Q)^T: `QuantizedTensor.dequantize` in another type, bit for bit; each is gone with
         the next, which takes its place in memory."""
         I, O = self.shape[1], min(self.outputs, self.shape[0])
-        tiles = max(1, CACHED // (self.tile * O))
+        tiles = min(I // self.tile, max(1, CACHED // (self.tile * O)))
         codes = torch.empty(tiles * self.tile * O, dtype=torch.uint8)
         values, W = torch.empty(len(codes)), torch.empty(I * O, dtype=dtype)
         for packed, at in self.blocks():

@@ -135,8 +135,7 @@ def test_outputs_in_chunks(kernel: Any, grids: tuple[Grid, Grid], monkeypatch: p
     x, W, bias = torch.randn(11, 64), round_to_nearest(torch.randn(37, 64), weight), torch.randn(37)
     whole = kernel.quant_linear(x, kernel.prepare(W, inputs), inputs, bias)
     monkeypatch.setattr(cpu_int8, "OUTPUTS", (16, 16))
-    monkeypatch.setattr(cpu_int4, "OUTPUTS", (16, 16))
-    monkeypatch.setattr(cpu_int4, "CACHED", 1)
+    monkeypatch.setattr(cpu_int4, "OUTPUTS", 16)
     monkeypatch.setattr(cpu_int8, "TOKENS", 4)
     operand = kernel.prepare(W, inputs)
     assert len(operand.chunks) == 3
