@@ -3,7 +3,8 @@
     python -m dllmq.generate                                       a dev problem, the embedded model
     python -m dllmq.generate "Question: ..." sampler.steps=24      any switch of dllmq.run, spelled as there
     python -m dllmq.generate --side-by-side method=rtn bits=w2a4   full precision beside the quantized model
-    echo "..." | python -m dllmq.generate - --model <hub id> --trace
+    python -m dllmq.generate $'two\\nlines'                         a prompt is taken as the shell gives it
+    python -m dllmq.generate - --model <hub id> --trace < prompt.txt
     python -m dllmq.generate "..." --model <folder> model=dream_v0_7b_base   a folder, a preset's settings
 
 Naming a switch of quantization (method=, bits=, tmas= ...) quantizes on the fly, with dllmq.run's defaults
@@ -126,10 +127,10 @@ def _model_overrides(model: str | None, chosen: bool) -> list[str]:
 
 
 def read_prompt(given: str | None) -> str:
-    """The prompt's text. A backslash and an n, which a shell's quotes leave as they are, are a line break."""
+    """The prompt's text, as it came: a backslash and an n may begin LaTeX's \\nabla."""
     if given is None:
         return f"Question: {problems('mini_gsm', 'dev', 1)[0]['question']}\nAnswer:"
-    text = sys.stdin.read() if given == "-" else given.replace("\\n", "\n")
+    text = sys.stdin.read() if given == "-" else given
     if not text.strip():
         raise ValueError("the prompt is empty: give a text, or leave it out for a problem of mini_gsm.")
     return text
@@ -258,12 +259,13 @@ def generate(args: argparse.Namespace, console: Console) -> None:
     runner = load(plan, prompt)
     screen = Screen(console, prompt, console.is_terminal and not args.trace, args.trace, args.delay)
     name, before = FULL_PRECISION, list[Frame]()
-    if hasattr(runner.model, "stored"):
+    stored = hasattr(runner.model, "stored")
+    for line in plan.inert_in_generation(stored):
+        print(f"dllmq.generate: no effect: {line}", file=sys.stderr)
+    if stored:
         name = AS_STORED
         set_backend(runner.model, plan.config.backend)
     if quantized:
-        for line in plan.recipe.inert():
-            print(f"dllmq.generate: no effect: {line}", file=sys.stderr)
         with progress_bar(console, "generate") as progress:
             if args.side_by_side:
                 before = replace(screen, animate=False).show(runner, FULL_PRECISION)

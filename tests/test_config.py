@@ -131,6 +131,16 @@ def test_what_the_tests_compose_is_what_hydra_does() -> None:
         (["value_scale=minmx", "iaaq=true"], ["value_scale=minmx", "Did you mean minmax?"]),
         # values
         (["method.damp=0"], ["method.damp is 0", "positive"]),
+        (["method.damp=1e30"], ["method.damp is 1e+30", "at most 1", "0.01"]),
+        (["method.damp=1.01"], ["method.damp is 1.01", "at most 1"]),
+        (["method=awq", "method.solver=gptq", "+method.damp=1e2"], ["method.damp is 100.0", "at most 1"]),
+        (["calibration.shares=[1e308,1e308]"], ["calibration.shares are", "sum that is finite"]),
+        (["eval.mc_num=1000000"], ["eval.mc_num=1000000 is too large"]),
+        (["eval.mc_num=0"], ["eval.mc_num must be an integer >= 1"]),
+        (["eval.mc_batch_size=0"], ["eval.mc_batch_size=0", "at least 1"]),
+        (["eval.mc_batch_size=1000000"], ["eval.mc_batch_size=1000000", "at most 100000"]),
+        (["sampler.alg_temp=1e30"], ["sampler.alg_temp=1e+30", "at most 100"]),
+        (["sampler.top_k=100000000"], ["sampler.top_k=100000000", "at most 1000000"]),
         (["method.block_size=0"], ["method.block_size is 0", "positive"]),
         (["method=awq", "method.n_grid=1000000"], ["method.n_grid=1000000", "at most 1000"]),
         (["cgq_unmasked=1e38"], ["cgq_unmasked=1e+38", "at most 1000"]),
@@ -158,10 +168,10 @@ def test_what_the_tests_compose_is_what_hydra_does() -> None:
         ),
         (
             ["backend=packed", "method=gptq", "method.act_order=true", "group_size=64"],
-            ["backend=packed", "act_order", "static_groups=true"],
+            ["backend=packed", "method.act_order=true:", "method.static_groups=true"],
         ),
-        (["calibration.shares=[0.5,-0.1]"], ["shares", "-0.1"]),
-        (["calibration.shares=[]", "tmas=true"], ["shares"]),
+        (["calibration.shares=[0.5,-0.1]"], ["calibration.shares are", "-0.1"]),
+        (["calibration.shares=[]", "tmas=true"], ["calibration.shares are []"]),
         (["calibration.num_states=0"], ["calibration.num_states=0", "at least 1"]),
         (["calibration.num_prompts=0"], ["calibration.num_prompts=0", "at least 1"]),
         (["calibration.batch_size=0"], ["calibration.batch_size=0", "at least 1"]),
@@ -183,29 +193,51 @@ def test_what_the_tests_compose_is_what_hydra_does() -> None:
         (["eval.limit=0"], ["eval.limit=0", "at least 1"]),
         (["eval.batch_size=0"], ["eval.batch_size=0", "at least 1"]),
         (["eval.batch_size=big"], ["eval.batch_size=big", "positive integer, or auto"]),
-        (["eval.eos_cut=last"], ["eos_cut=last", "first or none"]),
-        (["eval.mc_num=12"], ["mc_num=12", "multiple", "mc_batch_size=8"]),
+        (["eval.eos_cut=last"], ["eval.eos_cut=last", "first or none"]),
+        (["eval.mc_num=12"], ["eval.mc_num=12", "multiple of eval.mc_batch_size;", "eval.mc_batch_size=8"]),
         (["eval.mc_num=some"], ["eval.mc_num=some", "auto"]),
         (["eval.fidelity_states=-1"], ["eval.fidelity_states=-1", "at least 0"]),
         (["tracker.mode=ofline"], ["ofline", "offline"]),
         # the sampler
-        (["sampler.gen_length=50"], ["gen_length=50", "multiple of block_length"]),
-        (["sampler.steps=7"], ["steps=7", "multiple of the number of blocks"]),
+        (["sampler.gen_length=50"], ["sampler.gen_length=50", "multiple of sampler.block_length"]),
+        (
+            ["sampler.steps=7"],
+            ["got sampler.steps=7", "multiple of the number of blocks, sampler.gen_length"],
+        ),
         (["sampler.temperature=-1"], ["sampler.temperature=-1", "at least 0"]),
         (["sampler.temperature=nan"], ["sampler.temperature must be a finite number", "nan"]),
         (["sampler.temperature=1e300"], ["sampler.temperature=1e+300", "at most 100"]),
         (["sampler.gen_length=0"], ["sampler.gen_length=0", "at least 1"]),
-        (["sampler.block_length=20"], ["sampler.gen_length must be a multiple", "block_length=20"]),
+        (["sampler.block_length=20"], ["sampler.gen_length must be a multiple", "sampler.block_length=20"]),
         (["sampler.steps=2"], ["sampler.steps (the total)", "steps=2"]),
-        (["sampler.remasking=low_confidense"], ["low_confidense", "Did you mean low_confidence?"]),
-        (["sampler.cache=duel"], ["cache=duel", "Did you mean dual?"]),
+        (
+            ["sampler.remasking=low_confidense"],
+            ["sampler.remasking=low_confidense", "Did you mean low_confidence?"],
+        ),
+        (["sampler.cache=duel"], ["sampler.cache=duel", "Did you mean dual?"]),
         (["sampler.threshold=much"], ["sampler.threshold=much", "a number or null"]),
         (["sampler.threshold=-0.9"], ["sampler.threshold must be", "-0.9"]),
         (["sampler.threshold=inf"], ["sampler.threshold must be", "inf"]),
-        (["sampler.cache=dual", "sampler.cfg_scale=1.5"], ["cache=dual", "cfg_scale=0"]),
+        (
+            ["sampler.cache=dual", "sampler.cfg_scale=1.5"],
+            ["sampler.cache=dual does", "set sampler.cfg_scale=0, or sampler.cache=none."],
+        ),
         (
             ["sampler.threshold=0.9", "sampler.remasking=random"],
-            ["threshold=0.9", "remasking=low_confidence"],
+            ["sampler.threshold=0.9", "use sampler.remasking=low_confidence, or leave sampler.threshold at"],
+        ),
+        (
+            ["sampler.top_p=0.5"],
+            ["but sampler.remasking=low_confidence", "leave sampler.top_p at None (null)."],
+        ),
+        (["sampler.remasking=origin", "sampler.block_length=4"], ["give sampler.block_length=48"]),
+        (
+            ["sampler.remasking=entropy", "sampler.block_length=48"],
+            ["sampler.remasking=entropy is Dream's, but this model"],
+        ),
+        (
+            ["tasks.settings=llada_paper", "model=llada_8b_base", "tasks=gsm8k", "sampler.block_length=300"],
+            ["sampler.block_length=300"],
         ),
     ],
     ids=lambda value: (
@@ -490,6 +522,35 @@ def test_a_key_without_effect_is_named_where_it_is_set(
     found = [line for line in effects.inert(config, config.recipe()) if not line.startswith("cgq: ")]
     assert len(found) == len(inert), found
     assert all(line.startswith(start) for line, start in zip(found, inert, strict=True)), found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stored", "inert"),
+    [
+        ([], False, []),
+        (["bits=w4a16", "act_symmetric=true"], False, ["act_symmetric: inputs"]),
+        (["iaaq=true", "attn_bits=none", "seed=1"], False, ["iaaq: V is not quantized"]),
+        ([*UNCALIBRATED, "seed=1", "calibration.batch_size=3", "calibration.num_prompts=4"], False,
+         ["calibration.num_prompts: RTN", "calibration.batch_size: RTN", "seed: RTN reads no calibration"]),
+        ([*UNCALIBRATED, "seed=1", "sampler.temperature=1"], False, []),  # noise is drawn
+        (["method=fp", "seed=1"], False, ["seed: full precision is not calibrated, and the sampler draws"]),
+        (["method=fp", "seed=1", "sampler.temperature=1"], False, []),
+        (["method=fp", "backend=fake"], False, ["backend: full precision"]),
+        (["method=fp", "backend=fake"], True, []),
+        (["tasks=mini_choice", "sampler.cache=dual", "eval.eos_cut=none"], False, []),  # no task is answered
+        (["eval.limit=3", "tasks.num_fewshot=1", "resume=false"], False,
+         ["eval.limit: one prompt", "tasks.num_fewshot: one prompt", "resume: nothing is recorded"]),
+        (["sampler.threshold=1.5", "tasks=mini_choice"], False, ["sampler.threshold: no confidence"]),
+    ],
+)  # fmt: skip
+def test_a_key_without_effect_on_one_answer_is_named(
+    overrides: list[str], stored: bool, inert: list[str]
+) -> None:
+    own = config(*overrides)
+    found = effects.inert_in_generation(own, own.recipe(), stored)
+    assert sorted(
+        line[: len(start)] for line, start in zip(sorted(found), sorted(inert), strict=True)
+    ) == sorted(inert), found
 
 
 def test_the_sampler_is_the_models_unless_overridden() -> None:

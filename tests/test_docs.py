@@ -57,9 +57,17 @@ def prepare(folder: Path) -> None:
     (folder / "tasks" / "copy_a_word.yaml").write_text(COPY_TASK.replace("DATA", str(data)), encoding="utf-8")
 
 
+def shell_words(command: str) -> list[str]:
+    """As bash has them: shlex knows all of it but $'...', where a backslash and an n are a line break."""
+    plain = re.sub(
+        r"\$'((?:[^'\\]|\\.)*)'", lambda m: shlex.quote(m[1].encode().decode("unicode_escape")), command
+    )
+    return shlex.split(plain)
+
+
 def as_run_here(command: str, folder: Path) -> list[str]:
     """The command's words, with this interpreter and small sizes where a run is not sized itself."""
-    words = shlex.split(command.replace(CHECKPOINT, str(folder / "LLaDA-8B-Base")))
+    words = shell_words(command.replace(CHECKPOINT, str(folder / "LLaDA-8B-Base")))
     if words[0] == "lm_eval":
         return [sys.executable, "-m", *words]
     assert words[:2] == ["python", "-m"]
@@ -71,6 +79,7 @@ def as_run_here(command: str, folder: Path) -> list[str]:
         "torch.distributed.run": SMALL,
         "dllmq.report": [],
         "dllmq.status": [],
+        "dllmq.bench": [],
     }[words[2]]
     return [sys.executable, *words[1:], *(s for s in sized if s.partition("=")[0] not in command)]
 
@@ -96,6 +105,12 @@ def test_the_commands_of_a_tutorial_run_in_their_order(doc: Path, tmp_path: Path
         else:
             done = forked.run(tmp_path, *words[2:], **environment)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_prompts_with_line_breaks_are_read_as_bash_reads_them() -> None:
+    assert shell_words(r"""say $'a b\nc' "x\ny" 'z\n'""") == ["say", "a b\nc", r"x\ny", r"z\n"]
+    broken = [c for doc in DOCS for c in commands(doc) if "\\n" in c]
+    assert broken and all("\n" in " ".join(shell_words(c)) for c in broken)
 
 
 def test_links_lead_somewhere() -> None:

@@ -82,6 +82,17 @@ def test_the_chat_template_is_left_out_where_asked_for(folder: Path) -> None:
     )
 
 
+def test_keys_without_effect_are_told_beside_the_answer(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pointless = ["seed=1", "sampler.threshold=1.5", "eval.limit=3"]
+    assert program.main([PROMPT, "--model", str(folder), *SAMPLER, *pointless]) == 0
+    told = [line.split(": ")[:3] for line in capsys.readouterr().err.splitlines()]
+    assert told == [
+        ["dllmq.generate", "no effect", key] for key in ("seed", "eval.limit", "sampler.threshold")
+    ]
+
+
 def test_trace_has_a_line_per_step(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = output(capsys, PROMPT, "--trace", "--model", str(folder), *SAMPLER).splitlines()
     assert [line.split("masked")[0].split() for line in lines[:8]] == [
@@ -207,6 +218,7 @@ def test_the_chat_template_wraps_the_prompt(tmp_path: Path) -> None:
 
 def test_the_prompt_comes_from_the_words_stdin_or_the_dev_split(monkeypatch: pytest.MonkeyPatch) -> None:
     assert program.read_prompt("x = 1") == "x = 1"
+    assert program.read_prompt(r"$\nabla f$" + "\nAnswer:") == "$\\nabla f$\nAnswer:"
     monkeypatch.setattr("sys.stdin", io.StringIO("from stdin\n"))
     assert program.read_prompt("-") == "from stdin\n"
     assert program.read_prompt(None) == f"Question: {problems('mini_gsm', 'dev', 1)[0]['question']}\nAnswer:"

@@ -12,10 +12,10 @@ from omegaconf import DictConfig
 
 from dllmq.calibration.prompts import read_prompts
 from dllmq.checkpoint.formats import EXPORTS, layout_of
-from dllmq.config.effects import inert
+from dllmq.config.effects import inert, inert_in_generation
 from dllmq.config.loading import load
 from dllmq.config.schema import DTYPES, RunConfig
-from dllmq.config.values import build, choose
+from dllmq.config.values import build, choose, naming_group
 from dllmq.diffusion import check_sampler
 from dllmq.evaluation.tasks import check_code_execution, check_task_data, check_tasks
 from dllmq.kernels.backends import find_backend
@@ -39,6 +39,10 @@ class Plan:
     def inert(self) -> list[str]:
         """Keys without effect in this run, each with its reason."""
         return inert(self.config, self.recipe)
+
+    def inert_in_generation(self, stored: bool) -> list[str]:
+        """The same where `dllmq.generate` answers a prompt; stored: the model is quantized already."""
+        return inert_in_generation(self.config, self.recipe, stored)
 
 
 def check_cell(cfg: DictConfig, stored: bool = False) -> Plan:
@@ -76,9 +80,9 @@ def check_cell(cfg: DictConfig, stored: bool = False) -> Plan:
     folder = checkpoint_folder(config.model_path)
     model = _checked_skeleton(folder, stored)
     _check_prompts(config, folder)
-    check_sampler(model.config, recipe.sampler)
-    for answer in answers.values():
-        check_sampler(model.config, answer.sampler)
+    for sampler in (recipe.sampler, *(answer.sampler for answer in answers.values())):
+        with naming_group("sampler", vars(config.sampler)):
+            check_sampler(model.config, sampler)
     check_group_sizes(model, recipe)
     _check_backend(config, recipe, device, model)
     _check_export(config, recipe, model)
@@ -113,12 +117,15 @@ _RANGES = {
     "eval.fidelity_states": (0, 10**6),
     "eval.fidelity_prompts": (1, 10**6),
     "eval.limit": (1, None),
+    "eval.mc_batch_size": (1, 10**5),
     "max_state_bytes": (0, None),
     "threads": (1, 1024),
     "sampler.gen_length": (1, 10**5),
     "sampler.steps": (1, 10**5),
     "sampler.temperature": (0, 100),
     "sampler.cfg_scale": (0, 100),
+    "sampler.alg_temp": (0, 100),
+    "sampler.top_k": (1, 10**6),
     "tasks.num_fewshot": (0, 1000),
 }
 
@@ -211,7 +218,7 @@ def _check_backend(config: RunConfig, recipe: Recipe, device: str, model: Any) -
     assert recipe.weights is not None
     if _scatters_groups(recipe):
         raise ValueError(
-            "backend=packed has no kernel for the scattered groups of act_order: add "
+            "backend=packed has no kernel for the scattered groups of method.act_order=true: add "
             "method.static_groups=true, or use backend=fake or auto."
         )
     for name in (name for row in model.topology.groups for name in row.linears):

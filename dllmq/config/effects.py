@@ -26,9 +26,31 @@ def inert(config: RunConfig, recipe: Recipe) -> list[str]:
     """ "calibration.states: tmas=true takes states of its own" and the like, the recipe's switches first."""
     fp = isinstance(recipe.method, FP)
     reasons = _of_tasks(config, fp) | _of_presets(config)
-    reasons |= _FULL_PRECISION if fp else _of_quantizing(config, recipe) | _of_calibration(config, recipe)
-    told = [f"{key}: {why}" for key, why in reasons.items() if is_set(config, key)]
-    return recipe.inert() + told + _of_answers(config)
+    fidelity = config.eval.fidelity_states > 0
+    reasons |= _of_method(config, recipe, fidelity)
+    thresholds = {a.sampler.threshold for name, a in config.answers().items() if generates(name)}
+    return recipe.inert() + _told(config, reasons) + _unreached(thresholds)
+
+
+def inert_in_generation(config: RunConfig, recipe: Recipe, stored: bool) -> list[str]:
+    """The same of `dllmq.generate`, which answers a prompt, no task, and measures and records nothing.
+
+    Args:
+        stored: the model is quantized already: its linears have a backend, whatever the method.
+    """
+    sampler = config.sampler_config()
+    reasons = _of_presets(config) | _of_method(config, recipe, fidelity=False) | _ONE_PROMPT
+    if stored:
+        reasons.pop("backend", None)
+    if not sampler.deterministic:
+        reasons.pop("seed", None)
+    elif "seed" in reasons:
+        reasons["seed"] += ", and the sampler draws nothing"
+    return recipe.inert() + _told(config, reasons) + _unreached({sampler.threshold})
+
+
+def _told(config: RunConfig, reasons: Reasons) -> list[str]:
+    return [f"{key}: {why}" for key, why in reasons.items() if is_set(config, key)]
 
 
 def is_set(config: RunConfig, key: str) -> bool:
@@ -85,6 +107,22 @@ _FULL_PRECISION: Reasons = (
 )
 
 
+_ONE_PROMPT: Reasons = dict.fromkeys(
+    (
+        *("eval.limit", "eval.batch_size", "eval.mc_num", "eval.mc_batch_size", "eval.allow_code_execution"),
+        *("eval.fidelity_states", "eval.fidelity_prompts"),
+        *("tasks.settings", "tasks.num_fewshot", "tasks.data_dir"),
+    ),
+    "one prompt is answered, no task",
+) | dict.fromkeys(("name", "resume", "dry_run"), "nothing is recorded")
+
+
+def _of_method(config: RunConfig, recipe: Recipe, fidelity: bool) -> Reasons:
+    if isinstance(recipe.method, FP):
+        return dict(_FULL_PRECISION)
+    return _of_quantizing(config, recipe) | _of_calibration(config, recipe, fidelity)
+
+
 def _of_quantizing(config: RunConfig, recipe: Recipe) -> Reasons:
     """Knobs of what is off."""
     reasons: Reasons = {}
@@ -107,7 +145,7 @@ def _of_quantizing(config: RunConfig, recipe: Recipe) -> Reasons:
     return reasons
 
 
-def _of_calibration(config: RunConfig, recipe: Recipe) -> Reasons:
+def _of_calibration(config: RunConfig, recipe: Recipe, fidelity: bool) -> Reasons:
     """What a method that reads no states, TMAS, and fidelity that is left out make pointless."""
     c, method = config.calibration, type(recipe.method).__name__
     reasons: Reasons = {}
@@ -115,7 +153,6 @@ def _of_calibration(config: RunConfig, recipe: Recipe) -> Reasons:
         reasons["calibration.states"] = "tmas=true takes states of its own"
     if recipe.states.name != "tmas":
         reasons["calibration.shares"] = "only TMAS divides its states among blocks of the trajectory"
-    fidelity = config.eval.fidelity_states > 0
     if not recipe.reads_states:
         unread = ["calibration.num_states", "calibration.shares", "seed", "max_state_bytes"]
         unread += [] if c.data is not None and fidelity else ["calibration.num_prompts"]
@@ -163,10 +200,9 @@ def _of_presets(config: RunConfig) -> Reasons:
     return reasons
 
 
-def _of_answers(config: RunConfig) -> list[str]:
-    """A threshold that no confidence reaches."""
-    found = {a.sampler.threshold for name, a in config.answers().items() if generates(name)}
+def _unreached(thresholds: set[float | None]) -> list[str]:
+    """Thresholds that no confidence reaches."""
     return [
         f"sampler.threshold: no confidence reaches {value:g}, so a step commits one token, the most confident"
-        for value in sorted(v for v in found if v is not None and v > 1)
+        for value in sorted(v for v in thresholds if v is not None and v > 1)
     ]

@@ -182,6 +182,8 @@ class RunConfig:
             return 8 if self.embedded else 128
         if not re.fullmatch("[0-9]+", self.eval.mc_num):
             raise ValueError(f"eval.mc_num={self.eval.mc_num} is not known; use auto or a positive integer.")
+        if len(self.eval.mc_num) > 6:  # nothing converges slower
+            raise ValueError(f"eval.mc_num={self.eval.mc_num:.40} is too large; it must be below 1000000.")
         return int(self.eval.mc_num)
 
     def sampler_config(self) -> SamplerConfig:
@@ -207,17 +209,22 @@ class RunConfig:
             ValueError: no such row for the model and a task, or settings that do not go together.
         """
         own = self.tasks
-        base = EvalSettings(
-            sampler=self.sampler_config(),
-            batch_size=self.eval.batch_size,
-            eos_cut=self.eval.eos_cut,
-            mc_num=self.mc_num(),
-            mc_batch_size=self.eval.mc_batch_size,
-            chat_template=self.chat_template,
-            add_bos=self.add_bos,
-            num_fewshot=own.num_fewshot,
-        )
-        return {name: self._answer(name, base) for name in own.names}
+        with (
+            naming_group("sampler", vars(self.sampler)),
+            naming_group("eval", vars(self.eval)),
+            naming_group("tasks", vars(own)),
+        ):
+            base = EvalSettings(
+                sampler=self.sampler_config(),
+                batch_size=self.eval.batch_size,
+                eos_cut=self.eval.eos_cut,
+                mc_num=self.mc_num(),
+                mc_batch_size=self.eval.mc_batch_size,
+                chat_template=self.chat_template,
+                add_bos=self.add_bos,
+                num_fewshot=own.num_fewshot,
+            )
+            return {name: self._answer(name, base) for name in own.names}
 
     def _answer(self, name: str, base: EvalSettings) -> EvalSettings:
         """One task's; without a row, programs in a chat are taken out of the text around them."""

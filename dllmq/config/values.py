@@ -120,9 +120,23 @@ def build(key: str, node: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def naming_group(group: str, names: Collection[str]) -> Iterator[None]:
-    """Makes "sampler.steps must be ..." of a dataclass's "steps must be ...", as the user wrote it."""
+    """Names keys in a dataclass's errors as the user writes them: "sampler.steps" where it says "steps"."""
     try:
         yield
     except ValueError as error:
-        first = re.match(r"\w*", str(error))
-        raise ValueError(f"{group}.{error}" if first and first[0] in names else str(error)) from error
+        raise ValueError(in_group(str(error), group, names)) from error
+
+
+def in_group(sentence: str, group: str, names: Collection[str]) -> str:
+    """ "set cfg_scale=0" -> "set sampler.cfg_scale=0".
+
+    A name without an underscore may be a word ("a cache"). It is a key at the sentence's start, after "leave"
+    or a colon, and before an equals sign.
+    """
+
+    def named(found: re.Match[str]) -> str:
+        before, name, after = sentence[: found.start()], found[0], sentence[found.end() :]
+        is_key = "_" in name or not before or before.endswith(("leave ", ": ")) or after.startswith("=")
+        return f"{group}.{name}" if is_key else name
+
+    return re.sub(rf"(?<![\w.])(?:{'|'.join(names)})(?!\w)", named, sentence) if names else sentence

@@ -123,7 +123,7 @@ class SamplerConfig:
         if self.block_length not in (self.gen_length, SamplerConfig.block_length):
             raise ValueError(
                 f"remasking={self.remasking} is Dream's, which has no blocks: leave block_length out or give "
-                f"gen_length={self.gen_length}; got block_length={self.block_length}."
+                f"block_length={self.gen_length}, all of gen_length; got block_length={self.block_length}."
             )
         object.__setattr__(self, "block_length", self.gen_length)
 
@@ -159,21 +159,22 @@ class SamplerConfig:
         )
         for name, neutral in foreign.items():
             if (value := getattr(self, name)) != neutral:
+                null = " (null)" if neutral is None else ""
                 raise ValueError(
                     f"{name}={value} is an option of {owner}'s sampler, but remasking={self.remasking} is "
-                    f"{own}'s: leave {name} at {neutral}."
+                    f"{own}'s: leave {name} at {neutral}{null}."
                 )
         if self.alg_temp is not None and not (math.isfinite(self.alg_temp) and self.alg_temp >= 0):
-            raise ValueError(f"alg_temp must be None or a finite number >= 0; got {self.alg_temp}.")
+            raise ValueError(f"alg_temp must be None (null) or a finite number >= 0; got {self.alg_temp}.")
         if self.alg_temp and self.remasking == "origin":
             raise ValueError(
                 f"alg_temp={self.alg_temp} has no effect with remasking=origin, which ranks nothing: leave "
-                "alg_temp at None."
+                "alg_temp at None (null)."
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be None or a number in (0, 1]; got {self.top_p}.")
+            raise ValueError(f"top_p must be None (null) or a number in (0, 1]; got {self.top_p}.")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be None or an integer >= 1; got {self.top_k}.")
+            raise ValueError(f"top_k must be None (null) or an integer >= 1; got {self.top_k}.")
         if not 0 <= self.eps < 1:
             raise ValueError(f"eps must be a number in [0, 1); got {self.eps}.")
 
@@ -213,7 +214,7 @@ class SamplerConfig:
         if self.alg_temp:
             raise ValueError(
                 f"alg_temp={self.alg_temp} has no effect with a threshold, which draws nothing: leave "
-                "alg_temp at None."
+                "alg_temp at None (null)."
             )
 
 

@@ -57,11 +57,13 @@ class SharedAnswers(AnswerFolder):
         size: how many processes.
         working: whether the process of a rank is still answering this evaluation; asked by rank 0.
         run: tells what the logs say of this evaluation from what an earlier one said.
+        told: ranks of which rank 0 has said that nothing more comes from them.
     """
 
     size: int = 1
     working: Callable[[int], bool] = _nobody
     run: str = ""
+    told: set[int] = field(default_factory=set, compare=False)
 
     def of(self, task: str) -> SharedLog:
         assert self.folder is not None, "answers that are shared are in files"
@@ -157,11 +159,19 @@ class SharedLog(AnswerLog):
             if name in self._given:
                 return True
             if not at_work or self.tails[owner].left & {name, None}:
-                log.warning("process %d left out a batch, which is answered here", owner)
+                self._tell(name, owner)
                 return False
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_WAIT)
             interrupt.check()
+
+    def _tell(self, name: str, owner: int) -> None:
+        """A line for a batch that a process at work left out; one in all for a process that has ended."""
+        if name in self.tails[owner].left:
+            log.warning("process %d left out a batch, which is answered here", owner)
+        elif owner not in self.shares.told:
+            self.shares.told.add(owner)
+            log.warning("process %d has ended; what is left of its share is answered here", owner)
 
 
 @dataclass

@@ -315,7 +315,8 @@ def check_knobs(block_size: int, damp: float) -> None:
 class GPTQ:
     """GPTQ with the authors' defaults. Token weights act through H.
 
-    Attributes: see `gptq_solve`.
+    Attributes: see `gptq_solve`. damp is at most 1, where it weighs as much as all that was measured: more is
+        a slip of the finger, and in the end rounding to nearest.
 
     Raises:
         ValueError: block_size or damp out of range.
@@ -328,6 +329,10 @@ class GPTQ:
 
     def __post_init__(self) -> None:
         check_knobs(self.block_size, self.damp)
+        if self.damp > 1:
+            raise ValueError(
+                f"damp is {self.damp!r}, but it must be at most 1, the whole mean of diag(H): use 0.01."
+            )
 
     @property
     def needs(self) -> frozenset[str]:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 import dllmq.models as models_package
 from dllmq.models.base import shown
+from dllmq.models.hub import hub_folder
 from dllmq.models.stored import read_stored
 from dllmq.models.streaming import TensorFiles, stream_blocks
 from dllmq.numerics.layouts import Spec
@@ -72,18 +73,7 @@ def checkpoint_folder(path: str | Path) -> Path:
         raise ValueError(f"model path {path} is a file; {_CONTENTS}.")
     if not is_hub_id(path):
         raise ValueError(f"model path {path} does not exist; {_CONTENTS}. A hub id has the form owner/name.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"])
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ValueError(
-            f"model {path} is no local folder and could not be had from the hub ({type(error).__name__}). "
-            "Give a folder, or check the name and the network."
-        ) from error
+    return hub_folder(str(path))
 
 
 def read_config(folder: Path) -> tuple[Any, type]:

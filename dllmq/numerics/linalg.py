@@ -190,8 +190,9 @@ def damped_inverse_cholesky(H: Float[Tensor, "I I"], damp: float) -> Float[Tenso
     U = torch.zeros_like(H)
     if int(_invert_factor(H, damp * H.diagonal().mean(), U)) != 0:
         raise SingularHessianError(
-            f"the Hessian plus damping {damp:g} of its mean diagonal is not positive definite: raise damp "
-            f"(try {10 * damp:g}), calibrate on more tokens than the {H.shape[0]} channels, or in float32."
+            f"the Hessian plus damping {damp:g} of its mean diagonal is not positive definite: raise "
+            f"method.damp (try {min(10 * damp, 1):g}), calibrate on more tokens than the {H.shape[0]} "
+            "channels, or in float32."
         )
     return U
 

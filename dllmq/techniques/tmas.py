@@ -79,8 +79,11 @@ class TMAS:
     rescored: bool = False
 
     def __post_init__(self) -> None:
-        if not all(math.isfinite(s) and s >= 0 for s in self.shares) or sum(self.shares) <= 0:
-            raise ValueError(f"tmas shares are {list(self.shares)}; they must be >= 0 with a positive sum.")
+        if not all(s >= 0 for s in self.shares) or not 0 < sum(self.shares) < math.inf:
+            raise ValueError(
+                f"calibration.shares are {list(self.shares)}; they must be >= 0 with a positive sum "
+                "that is finite."
+            )
 
     def __call__(
         self, trajectories: list[Trajectory], count: int, mask_id: int, rng: torch.Generator

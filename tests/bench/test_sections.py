@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from dllmq.bench import evaluate, generate, linear, machine, memory, quantize
 from dllmq.bench.rows import Row, Sheet
-from dllmq.bench.shapes import Setup, build, check_room, parameters, sampler_of, work
+from dllmq.bench.shapes import Setup, Work, build, check_room, parameters, sampler_of, work
 from dllmq.bench.timing import Measured
-from dllmq.diffusion import Generation
+from dllmq.diffusion import Generation, SamplerConfig
 from dllmq.evaluation.settings import EvalSettings
+from dllmq.models.graphs import GraphedModel
 from dllmq.models.linear import QuantLinear
+from dllmq.models.llada import LLaDA, LLaDAConfig
 from dllmq.pipeline import quantized_linears
 
 CPU = torch.device("cpu")
@@ -39,6 +41,34 @@ def test_generate_finds_equal_tokens_and_counts_forwards(monkeypatch: pytest.Mon
     assert rows["generate.w8a8"].share is None  # tokens of random weights mean nothing
     assert any(line.startswith("Thresholds are not measured on random weights") for line in left_out)
     assert not any("threshold" in key for key in rows)
+
+
+def test_no_recording_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs are recorded before the first round; here a recording is a function called again."""
+    made = []
+
+    def capture(function: Any) -> Any:
+        made.append(function)
+        output = function()
+        return output, lambda: output.copy_(function())
+
+    def timing(runs: Any, repeats: int, device: Any) -> Any:
+        before = len(made)
+        found = {name: Measured((1.0,), run()) for name, run in runs.items()}
+        assert len(made) == before > 0
+        return found
+
+    monkeypatch.setattr(generate, "as_evaluated", lambda model: GraphedModel(model, capture))
+    monkeypatch.setattr(generate, "interleaved", timing)
+    sheet, model = Sheet(), LLaDA(LLaDAConfig(d_model=16, n_layers=1, n_heads=2, mlp_hidden_size=16,
+                                              vocab_size=20, mask_token_id=19, eos_token_id=18))  # fmt: skip
+    model.requires_grad_(False).init_weights(torch.Generator().manual_seed(0))
+    job = Work(torch.arange(6)[None], None, SamplerConfig(gen_length=4, steps=4, block_length=2))
+    generate.loops(QUICK, sheet, model, job)
+    generate.widths(QUICK, sheet, (model, model), job, "w8a8 fake")
+    assert {"generate.exact", "generate.eager", "generate.prefix", "generate.dual"} < {
+        row.key for row in sheet.rows
+    }
 
 
 def test_generate_claims_nothing_in_bfloat16() -> None:

@@ -95,7 +95,20 @@ def test_what_a_lost_process_left_out_is_answered_by_rank_0(model, tokenizer, tm
     with caplog.at_level(logging.WARNING):
         found, _ = ask(model, tokenizer, own, "generate_until")
     assert found == expected and own.answered == 4
-    assert caplog.text.count("process 1 left out a batch") == 1
+    assert caplog.text.count("process 1 has ended") == 1
+
+
+def test_a_process_that_ended_is_told_of_once(model, tokenizer, tmp_path: Path, caplog) -> None:
+    """Not for each batch of its share, nor for each task."""
+    shares = SharedAnswers(tmp_path, "key", 0, 2)
+    with caplog.at_level(logging.WARNING):
+        answered = []
+        for task in ("first", "second"):
+            own = shares.of(task)
+            ask(model, tokenizer, own, "generate_until")
+            answered.append(own.answered)
+    assert answered == [5, 5]  # two each are of process 1's share
+    assert len(caplog.records) == 1 and "process 1 has ended" in caplog.text
 
 
 def test_another_number_of_processes_goes_on_with_the_same_answers(model, tokenizer, tmp_path: Path) -> None:

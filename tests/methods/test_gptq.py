@@ -371,7 +371,7 @@ def test_stacking_a_group_equals_one_by_one(group_size: int) -> None:
 
 def test_failed_cholesky_names_the_layer() -> None:
     W, _, H = problem()
-    with pytest.raises(SingularHessianError, match=r"blocks\.0\.qkv: .*raise damp"):
+    with pytest.raises(SingularHessianError, match=r"blocks\.0\.qkv: .*raise method\.damp"):
         GPTQ()(group(q_proj=W), GroupStats(gram=H - 1e3 * torch.eye(I)), Grid(4))
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dllmq.bench.generate import WARM_UPS
 from dllmq.diffusion import SamplerConfig, denoise, generate
 from dllmq.models import graphs
 from dllmq.models.dream import Dream, DreamConfig
@@ -215,6 +216,33 @@ def test_cached_generation_is_that_of_the_model(make: Callable, cache: str, reco
     found = generate(GraphedModel(model, capture), ids(3), config, left_padding(3))
     assert torch.equal(found.tokens, expected.tokens) and found.forwards == expected.forwards == 12
     assert capture.recorded == recorded
+
+
+@pytest.mark.parametrize(
+    ("cache", "steps", "block_length", "threshold"),
+    [
+        ("none", 1, 8, None),
+        ("dual", 2, 8, None),
+        ("prefix", 4, 4, None),
+        ("dual", 8, 4, None),
+        ("dual", 8, 8, 0.3),
+    ],
+)
+def test_after_the_benchs_warm_ups_nothing_is_recorded(
+    cache: str, steps: int, block_length: int, threshold: float | None
+) -> None:
+    """Whatever the schedule; with a threshold rows wait outside, so there are shapes of fewer rows, too."""
+    config = SamplerConfig(8, steps, block_length, cache=cache, threshold=threshold)
+    capture = FakeCapture()
+    wrapped, recorded = GraphedModel(llada(), capture), []
+    for _ in range(WARM_UPS + 1):
+        generate(wrapped, ids(3), config, left_padding(3))
+        recorded.append(capture.recorded)
+    assert recorded[-1] == recorded[-2] > 0
+    if (cache, steps) == ("dual", 2):
+        assert recorded[-3] < recorded[-1]  # one generation fewer is not enough
+    if threshold is not None:
+        assert len({key[1] for key in wrapped._recorded}) > 1  # numbers of rows
 
 
 def test_nobody_may_stay_while_rows_wait_outside() -> None:

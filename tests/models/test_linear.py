@@ -164,7 +164,8 @@ def test_packed_with_full_precision_inputs(
     weight: Grid, dtype: torch.dtype, outputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some outputs at a time, and no more of the weight than those is dequantized."""
-    monkeypatch.setattr("dllmq.numerics.packed.BLOCK", outputs * I)
+    monkeypatch.setattr(cpu_weight_only, "OUTPUTS", outputs)
+    monkeypatch.setattr(cpu_weight_only, "CACHED", 1)
     quantized, bias = round_to_nearest(torch.randn(O, I), weight), torch.randn(O)
     fake, packed = (QuantLinear(quantized, bias, None, dtype) for _ in range(2))
     packed.pack()

@@ -304,5 +304,5 @@ def test_paths_that_are_no_folder(tmp_path: Path, sentence: Callable[[Path | str
     assert "does not exist" in sentence(tmp_path / "nothing here")
     (tmp_path / "file").write_text("")
     assert "is a file" in sentence(tmp_path / "file")
-    assert "could not be had from the hub" in sentence("nobody/nothing")  # tests have no network
+    assert "HF_HUB_OFFLINE is set" in sentence("nobody/nothing")  # tests have no network
     assert "no config.json" in sentence(tmp_path)

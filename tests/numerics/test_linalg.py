@@ -188,7 +188,7 @@ def test_damping_makes_a_singular_hessian_work() -> None:
 def test_indefinite_matrix_raises_with_remedies() -> None:
     H = torch.diag(torch.tensor([1.0, 1.0, -0.5]))
     with pytest.raises(
-        SingularHessianError, match=r"raise damp \(try 0\.1\).*more tokens than the 3 channels"
+        SingularHessianError, match=r"raise method\.damp \(try 0\.1\).*more tokens than the 3 channels"
     ):
         damped_inverse_cholesky(H, 0.01)
 
