@@ -381,6 +381,7 @@ class Cell:
             | {"baseline": self.fp_key, "settings": {k: asdict(v) for k, v in config.answers().items()}}
             | {k: v for k, v in {"published": config.published(), "subtasks": result.subtasks}.items() if v}
             | ({"approximate decoding": config.approximations()} if config.approximations() else {})
+            | _other_noise(result)
             | ({"helpers": self.team.batches} if self.team.batches else {})  # batches they answered, by rank
             | ({"sandbox": sandbox.level()} if any(map(runs_code, config.tasks.names)) else {}),
             fidelity_per_prompt=found.per_prompt,
@@ -474,6 +475,13 @@ def _reference_config(config: RunConfig) -> RunConfig:
         backend=plain.backend, export=plain.export, seed=0,
         calibration=plain.calibration, eval=replace(config.eval, **fidelity),
     )  # fmt: skip
+
+
+def _other_noise(result: EvalResult) -> dict[str, dict[str, str]]:
+    """A note where memory ran out and noise is drawn batch by batch: with more of it answers are others."""
+    halved = {task: c for task, c in result.counters.items() if c.get("halved_from")}
+    sizes = {task: f"{c['halved_from']} -> {c['batch_size']}" for task, c in halved.items()}
+    return {"sampled in halved batches": sizes} if sizes else {}
 
 
 def _generation_cost(result: EvalResult) -> dict[str, float | int | None]:
