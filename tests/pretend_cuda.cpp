@@ -130,7 +130,7 @@ const std::unordered_set<std::string> INDEXING{"aten::index", "aten::_index_put_
 // Not elementwise by torch's own tags, and yet numbers of the CPU are taken.
 const std::unordered_set<std::string> SCALARS{
     "aten::fill_", "aten::masked_fill", "aten::masked_fill_", "aten::where", "aten::index_fill_", "aten::index_fill",
-    "aten::linspace", "aten::_index_put_impl_"};
+    "aten::linspace", "aten::floor_divide", "aten::_index_put_impl_"};
 
 void for_tensors(const IValue& v, const std::function<void(const Tensor&)>& see) {
   if (v.isTensor()) {
@@ -155,7 +155,7 @@ void check_devices(const c10::OperatorHandle& op, const std::vector<IValue>& arg
     for_tensors(args[i], [&](const Tensor& t) {
       if (t.is_cuda() || !on_device) return;
       if (INDEXING.count(name) && i == 1 && args[0].toTensor().is_cuda()) return copies_to_device(name + " by indices of the host");
-      bool number = t.dim() == 0 && scalars && !written;
+      bool number = t.unsafeGetTensorImpl()->is_wrapped_number() || (t.dim() == 0 && scalars && !written);
       TORCH_CHECK(number, "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and ",
                   t.device(), "! (", op.schema().name(), ", argument ", i, ")");
     });
