@@ -65,7 +65,11 @@ def why_not() -> str | None:
         return "the pretended CUDA device needs Linux"
     if torch.cuda.is_available():
         return "there is a real CUDA device"
-    return None if shutil.which("g++") else "no C++ compiler (g++) to build the pretended CUDA device with"
+    if not shutil.which("g++"):
+        return "no C++ compiler (g++) to build the pretended CUDA device with"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "no Python.h (python3-dev) to build the pretended CUDA device with"
+    return None
 
 
 def build() -> Path:
