@@ -151,14 +151,14 @@ DREAM = SamplerConfig(12, 12, 12, remasking="entropy")
 # Sampler, and how often a step waits for the device at most.
 SAMPLERS = [
     *((tiny_model, replace(BLOCKS, **changes), most) for changes, most in (
-        ({}, 12), ({"cfg_scale": 1.0}, 17), ({"temperature": 0.7}, 13), ({"remasking": "random"}, 12),
-        ({"logits_eos_inf": True, "confidence_eos_eot_inf": True}, 12), ({"threshold": 0.3}, 15),
-        ({"cache": "prefix"}, 10), ({"cache": "dual"}, 10), ({"cache": "dual", "threshold": 0.2}, 15),
+        ({}, 7), ({"cfg_scale": 1.0}, 8), ({"temperature": 0.7}, 7), ({"remasking": "random"}, 7),
+        ({"logits_eos_inf": True, "confidence_eos_eot_inf": True}, 7), ({"threshold": 0.3}, 8),
+        ({"cache": "prefix"}, 5), ({"cache": "dual"}, 5), ({"cache": "dual", "threshold": 0.2}, 7),
     )),
     *((dream, replace(DREAM, **changes), most) for changes, most in (
-        ({"remasking": "origin"}, 16), ({}, 15), ({"temperature": 0.5, "top_p": 0.9, "alg_temp": 0.3}, 15),
-        ({"remasking": "maskgit_plus", "block_length": 4, "cache": "prefix", "threshold": 0.3}, 13),
-        ({"remasking": "maskgit_plus", "block_length": 4, "cache": "dual", "threshold": 0.3}, 13),
+        ({"remasking": "origin"}, 10), ({}, 8), ({"temperature": 0.5, "top_p": 0.9, "alg_temp": 0.3}, 8),
+        ({"remasking": "maskgit_plus", "block_length": 4, "cache": "prefix", "threshold": 0.3}, 6),
+        ({"remasking": "maskgit_plus", "block_length": 4, "cache": "dual", "threshold": 0.3}, 6),
     )),
 ]  # fmt: skip
 
