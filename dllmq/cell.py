@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -24,8 +23,7 @@ from dllmq.cache import Cache
 from dllmq.calibration.hidden import Spill
 from dllmq.calibration.states import Trajectory
 from dllmq.checkpoint import save_quantized
-from dllmq.checkpoint.writer import remove_leftovers
-from dllmq.config import Plan, RunConfig, build, fingerprint_of, fingerprint_parts
+from dllmq.config import Plan, RunConfig, build, fingerprint_of, fingerprint_parts, reference_config
 from dllmq.durable import clean, sync_folder
 from dllmq.evaluation import sandbox
 from dllmq.evaluation.answers import AnswerFolder
@@ -34,12 +32,12 @@ from dllmq.evaluation.fidelity import Fidelity, FidelityReference, measure
 from dllmq.evaluation.tasks import EvalResult, evaluate, runs_code
 from dllmq.faults import in_words
 from dllmq.full_precision import HELD_OUT_SEED, Baseline, ForwardCounter, FullPrecision
+from dllmq.kept import MODEL, Kept
 from dllmq.locks import locked
 from dllmq.machine import Stages, describe_device, git_state, versions
 from dllmq.methods import FP
 from dllmq.models.loading import checkpoint_folder, load_model
 from dllmq.models.memory import plan_memory
-from dllmq.models.stored import RECORD
 from dllmq.models.streaming import log_reading
 from dllmq.models.tokenizer import load_tokenizer
 from dllmq.pipeline import QuantizationReport, quantize, set_backend, weight_bytes
@@ -49,20 +47,17 @@ from dllmq.report.results import (
     STATUS,
     RunRecord,
     load_record,
-    read_json,
     redact,
     to_plain,
     write_json_atomic,
     write_text_atomic,
 )
 from dllmq.report.tracker import TrackedRun, changed_samples, without_secrets
-from dllmq.resume import FOLDER, Resume, difference, flat
+from dllmq.resume import FOLDER, Resume
 from dllmq.team import Job, Team, own_arithmetic
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
-MODEL = "model"  # folder of the export, in the cell's
-_STALE = {RESULTS: "results.stale.json", MODEL: "model.stale"}
 
 
 class Cell:
@@ -84,9 +79,11 @@ class Cell:
         self.stages, self.backend = Stages(plan.device), ""
         self.parts = fingerprint_parts(self.config, plan.device)
         self.key = fingerprint_of(self.parts)
-        self.fp_parts = fingerprint_parts(_reference_config(self.config), plan.device)
+        self.fp_parts = fingerprint_parts(reference_config(self.config), plan.device)
         self.fp_key = fingerprint_of(self.fp_parts)
         self.machine = describe_device(plan.device)
+        asked = None if isinstance(plan.recipe.method, FP) else self.config.export
+        self.kept = Kept(folder, name, self.key, self.parts, asked)
         self.resume = Resume(folder / FOLDER, self.parts | {"machine": self.machine})
 
     def run(self) -> RunRecord:
@@ -103,9 +100,11 @@ class Cell:
             clean(folder)
         try:
             with locked(self.folder / ".lock", f"{self.name}: another process runs it; waiting") as problem:
-                record = self._finished()
+                record = self.kept.finished() if self.config.resume else None
                 if record is None:
                     return self._run(problem)
+                with suppress(OSError):
+                    self.resume.end()
                 self._mend_baseline()
                 return record
         except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
@@ -116,7 +115,7 @@ class Cell:
 
     def _run(self, no_lock: Exception | None) -> RunRecord:
         """Args: no_lock: why there is none, if so."""
-        self._clean()
+        self.kept.clean()
         self.resume.begin(self.config.resume)
         if no_lock is not None:
             log.warning("%s: not locked (%s); do not start it twice at a time", self.folder, no_lock)
@@ -130,7 +129,7 @@ class Cell:
             sync_folder(self.sweep)  # the cell's own entry
         except BaseException as error:
             if isinstance(error, Exception):
-                self._set_aside(RESULTS)
+                self.kept.set_aside(RESULTS)
             _copied(tracker.finish)
             raise
         (self.folder / STATUS).unlink(missing_ok=True)
@@ -139,73 +138,6 @@ class Cell:
         _copied(tracker.log_samples, changed_samples(record, self.folder / RESULTS, self.sweep))
         _copied(tracker.finish, record, self.folder / RESULTS)
         return record
-
-    def _clean(self) -> None:
-        """What another configuration or code has left is not taken for this one's, nor what a kill has."""
-        remove_leftovers(self.folder / MODEL)
-        if (self.folder / RESULTS).exists() and self._key_of(self.folder / RESULTS) != self.key:
-            self._set_aside(RESULTS)
-        made = self.folder / MODEL / RECORD
-        if made.is_file() and self._key_of(made) != self.key:
-            log.info("%s: its export is of another run and now in %s", self.name, _STALE[MODEL])
-            self._set_aside(MODEL)
-
-    def _key_of(self, file: Path) -> str | None:
-        """The fingerprint in results.json, or in the record of an export; None where there is none."""
-        try:
-            found = read_json(file)
-        except ValueError:
-            return None
-        found = found.get("run") if isinstance(found, dict) and file.name == RECORD else found
-        return found.get("fingerprint") if isinstance(found, dict) else None
-
-    def _set_aside(self, name: str) -> None:
-        """Moves a file or folder out of the way, over what was moved there before."""
-        source, target = self.folder / name, self.folder / _STALE[name]
-        if source.exists():
-            if target.is_dir():
-                shutil.rmtree(target)
-            source.replace(target)
-
-    def _finished(self) -> RunRecord | None:
-        file = self.folder / RESULTS
-        if not self.config.resume or not file.is_file():
-            return None
-        try:
-            record = load_record(file)
-        except ValueError as error:
-            log.warning("%s: not readable (%s); the cell is run again", file, error)
-            return None
-        if record.fingerprint == self.key and not self._is_exported(record):
-            log.info(
-                "%s: finished, but export=%s is not there; it is run again", self.name, self.config.export
-            )
-            return None
-        if record.fingerprint == self.key:
-            log.info("%s: finished already, with the same fingerprint", self.name)
-            with suppress(OSError):
-                self.resume.end()
-            return record
-        log.info("%s: has results of another configuration, code or machine (%s); it is run again", self.name,
-                 self._differs(record))  # fmt: skip
-        return None
-
-    def _differs(self, record: RunRecord) -> str:
-        """The keys in which a record is of something else."""
-        own, identity = to_plain(self.parts), record.notes.get("identity")
-        config = {k: v for k, v in record.config.items() if k in own["config"]}
-        if not isinstance(identity, dict):
-            return difference(config, own["config"])
-        return difference(flat(identity | {"config": config}), flat(own))
-
-    def _is_exported(self, record: RunRecord) -> bool:
-        """Whether the folder holds the export that is asked for, of this record."""
-        if self.config.export is None or isinstance(self.plan.recipe.method, FP):
-            return True
-        made = record.notes.get("export") or {}
-        file = self.folder / MODEL / RECORD
-        there = file.is_file() and self._key_of(file) == self.key
-        return there and made.get("format") == self.config.export
 
     def _export(self, model: Any) -> tuple[dict[str, int], dict[str, Any]]:
         """Writes the quantized model beside the results; what it costs, and a note."""
@@ -325,7 +257,7 @@ class Cell:
         model = shared.model
         report = QuantizationReport(0.0, weight_bytes(model), {})
         log_reading(model, "full precision's tasks", None)
-        reference = _reference_config(self.config)
+        reference = reference_config(self.config)
         record, result = self._measure(model, shared.tokenizer, None, report, [], answers, reference)
         record = replace(record, run_name="full precision", fingerprint=self.fp_key,
                          config=reference.plain(), seed=reference.seed, axes=reference.axes(),
@@ -455,26 +387,6 @@ def _write_samples(samples: dict[str, list[dict[str, Any]]], folder: Path) -> No
     for task, rows in samples.items():
         lines = "".join(json.dumps(row, default=str) + "\n" for row in rows)
         write_text_atomic(folder / f"samples_{task}.jsonl", lines)
-
-
-def _reference_config(config: RunConfig) -> RunConfig:
-    """What full precision's numbers depend on: everything that only concerns quantization at its default.
-
-    Full precision is decoded exactly: what a run with a cache or a threshold loses to it is the loss of both.
-    """
-    plain = RunConfig()
-    fidelity = {name: getattr(plain.eval, name) for name in ("fidelity_states", "fidelity_prompts")}
-    return replace(
-        config.full_precision().decoded_exactly(),
-        group_size=plain.group_size, act_group_size=plain.act_group_size,
-        symmetric=plain.symmetric, act_symmetric=plain.act_symmetric,
-        attn_bits=plain.attn_bits, value_granularity=plain.value_granularity, value_scale=plain.value_scale,
-        cgq_unmasked=plain.cgq_unmasked, cgq_masked=plain.cgq_masked,
-        cgq_unmasked_confidence=plain.cgq_unmasked_confidence,
-        iaaq_alpha_min=plain.iaaq_alpha_min, iaaq_alpha_step=plain.iaaq_alpha_step,
-        backend=plain.backend, export=plain.export, seed=0,
-        calibration=plain.calibration, eval=replace(config.eval, **fidelity),
-    )  # fmt: skip
 
 
 def _other_noise(result: EvalResult) -> dict[str, dict[str, str]]:

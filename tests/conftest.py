@@ -72,7 +72,7 @@ def pytest_unconfigure() -> None:
 LONGEST = (
     *("test_team.py::test_processes", "test_run.py", "experiment=bitwidth", "the_bench_measures"),
     *("test_kills.py", "stock_command_line", "test_packaging.py", "in_their_order", "cgq=true,false"),
-    *("configs.py::test_", "sweep_runs"),
+    *("configs.py::test_", "sweep_runs", "pretended_cuda"),
     *("test_run_commands", "test_gpu_script.py", "test_backends.py", "test_pipeline.py", "test_browser.py"),
     *("test_cache.py", "test_recipe.py", "test_full_precision.py", "test_sandbox.py", "test_plugin.py"),
     *("test_cells.py", "test_cell.py", "test_harness.py", "test_streaming.py", "test_disk.py", "mini/"),

@@ -16,8 +16,8 @@ from tiny_llada import tiny_model
 
 import dllmq.cell
 from dllmq.cache import Cache
-from dllmq.cell import Cell, _reference_config
-from dllmq.config import Plan, RunConfig, check_cell, load
+from dllmq.cell import Cell
+from dllmq.config import Plan, RunConfig, check_cell, load, reference_config
 from dllmq.evaluation.tasks import EvalResult
 from dllmq.full_precision import FullPrecision
 from dllmq.machine import Stages
@@ -82,14 +82,14 @@ def test_the_reference_drops_quantization_and_keeps_the_measurement() -> None:
         "calibration.num_prompts=8", "calibration.num_states=9", "eval.fidelity_states=3",
         "sampler.steps=24", "eval.limit=7", "eval.batch_size=5",
     ).config  # fmt: skip
-    reference, plain = _reference_config(config), RunConfig()
+    reference, plain = reference_config(config), RunConfig()
     assert isinstance(reference.recipe().method, FP) and reference.axes()["bits"] == "w16a16"
     kept = ("model", "sampler", "tasks", "tracker", "device", "cache_dir", "explicit")
     assert all(getattr(reference, name) == getattr(config, name) for name in kept)
     assert (reference.eval.limit, reference.eval.batch_size) == (7, 5)
     same = {f.name for f in fields(plain) if getattr(reference, f.name) == getattr(plain, f.name)}
     assert {f.name for f in fields(plain)} - same <= {*kept, "method", "eval"}
-    assert _reference_config(reference) == reference
+    assert reference_config(reference) == reference
 
 
 def test_settings_of_the_evaluation_are_the_configs() -> None:

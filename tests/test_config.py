@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 
 from dllmq.calibration.states import CleanText
 from dllmq.calibration.values import MinMax
-from dllmq.cell import _reference_config
 from dllmq.config import (
     EMBEDDED,
     RunConfig,
@@ -27,6 +26,7 @@ from dllmq.config import (
     fingerprint,
     identity,
     load,
+    reference_config,
     slug,
     sweep_folder,
 )
@@ -582,7 +582,7 @@ def test_caches_and_thresholds_approximate_answers_and_nothing_else() -> None:
     assert fast.approximations() == {"mini_gsm": "cache=dual, threshold=0.9"}  # mini_choice generates nothing
     assert all(answer.sampler.cache == "dual" for answer in fast.answers().values())
     assert fast.recipe().sampler == plain.recipe().sampler == plain.sampler_config()
-    first, second = (fingerprint(_reference_config(c), "cpu") for c in (fast, plain))
+    first, second = (fingerprint(reference_config(c), "cpu") for c in (fast, plain))
     assert first == second != fingerprint(fast, "cpu")
     assert config("tasks=mini_choice", "sampler.cache=dual").approximations() == {}
 
@@ -593,7 +593,7 @@ def test_dreams_reference_has_each_tasks_own_length() -> None:
     own = ("model=dream_v0_7b_base", "tasks=gsm8k", "tasks.settings=fast_dllm_512")
     fast = config(*own, *(f"sampler.{key}" for key in how))
     assert fast.answers()["gsm8k"].sampler.block_length == 32
-    exact = _reference_config(fast).answers()["gsm8k"].sampler
+    exact = reference_config(fast).answers()["gsm8k"].sampler
     assert exact.exact and exact.block_length == exact.gen_length == 512
 
 
@@ -601,7 +601,7 @@ def test_dream_is_decoded_exactly_in_one_block_and_in_blocks_with_a_cache() -> N
     fast = config("model=dream_v0_7b_base", "sampler=default", "sampler.cache=dual", "sampler.threshold=0.9",
                   "sampler.remasking=maskgit_plus", "sampler.block_length=32")  # fmt: skip
     assert fast.sampler_config().num_blocks == 8 and fast.recipe().sampler.num_blocks == 1
-    assert _reference_config(fast).sampler_config() == fast.recipe().sampler
+    assert reference_config(fast).sampler_config() == fast.recipe().sampler
 
 
 def test_the_preset_of_fast_dllm() -> None:
@@ -781,14 +781,14 @@ def test_full_precision_is_the_same_for_every_cell_of_a_sweep() -> None:
             ("gptq", "true", "w2a8", "eval.fidelity_states=8", "eval.fidelity_prompts=2"),
         )
     ]
-    assert len({fingerprint(_reference_config(config(*cell)), "cpu") for cell in cells}) == 1
+    assert len({fingerprint(reference_config(config(*cell)), "cpu") for cell in cells}) == 1
 
 
 @pytest.mark.parametrize(
     "override", ["eval.limit=3", "sampler.steps=24", "tasks=mini_gsm", "model.dtype=bfloat16"]
 )
 def test_full_precision_is_another_where_the_measurement_is(override: str) -> None:
-    reference = [fingerprint(_reference_config(config(*o)), "cpu") for o in ((), (override,))]
+    reference = [fingerprint(reference_config(config(*o)), "cpu") for o in ((), (override,))]
     assert reference[0] != reference[1]
 
 

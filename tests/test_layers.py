@@ -37,6 +37,7 @@ LAYERS = [
     "estimate",
     "full_precision",
     "resume",
+    "kept",
     "machine",
     "team",
     "cell",

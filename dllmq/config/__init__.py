@@ -21,6 +21,7 @@ from dllmq.config.fingerprints import (
 )
 from dllmq.config.folders import cell_name, slug, sweep_folder
 from dllmq.config.loading import load
+from dllmq.config.reference import reference_config
 from dllmq.config.schema import EMBEDDED, RunConfig
 from dllmq.config.values import build, choose, did_you_mean
 
@@ -46,6 +47,7 @@ __all__ = [
     "identity",
     "load",
     "preset_of",
+    "reference_config",
     "refused",
     "slug",
     "sweep_folder",

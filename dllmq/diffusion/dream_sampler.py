@@ -42,7 +42,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllmq.diffusion.predict import Hidden, MaskPredictor, at_least_float32, logits_at
+from dllmq.diffusion.predict import Hidden, MaskPredictor, at_least_float32, logits_at, positions
 from dllmq.diffusion.process import uniform
 from dllmq.diffusion.sampler import Canvas, Forward, Leave, Step, TopK, apply, refuse_nan
 from dllmq.diffusion.settings import SamplerConfig
@@ -208,14 +208,18 @@ class DreamReader:
         dtype = torch.promote_types(hidden[0].dtype, torch.float32)
         prediction, confidence = x.clone(), torch.zeros(x.shape, dtype=dtype, device=x.device)
         score, logits = confidence.clone(), None
-        for where, read in ((drawn, self._draw), (observed & ~drawn, _likeliest)):
+        groups = [(drawn, self._draw)]
+        if observed is not drawn:
+            groups.append((observed & ~drawn, _likeliest))
+        for where, read in groups:
+            at = positions(where)
             parts = [
                 (*read(own), own if self.keep_logits else own.new_empty(len(own), 0))
-                for own in map(at_least_float32, logits_at(self.model, hidden, where, 0.0))
+                for own in map(at_least_float32, logits_at(self.model, hidden, at, 0.0))
             ]
             if not parts:
                 continue
-            prediction[where], confidence[where], score[where], values = (
+            prediction[at], confidence[at], score[at], values = (
                 torch.cat(part) for part in zip(*parts, strict=True)
             )
             if self.keep_logits:

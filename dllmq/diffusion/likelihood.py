@@ -37,7 +37,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dllmq.diffusion.predict import MaskPredictor, at_least_float32, lazy_states, logits_at
+from dllmq.diffusion.predict import MaskPredictor, at_least_float32, lazy_states, logits_at, positions
 from dllmq.diffusion.process import bernoulli_masks, stratified_masks
 from dllmq.diffusion.sampler import apply, one_at_a_time
 
@@ -258,12 +258,13 @@ def _cross_entropies(model: MaskPredictor, batch: list[_Row], cfg_scale: float) 
     )
     attention_mask = None if bool(valid.all()) else valid.long()
     hidden = lazy_states(model, x, attention_mask, ~answer, cfg_scale)
+    at = positions(masked)
     losses = [
         torch.nn.functional.cross_entropy(at_least_float32(logits), wanted, reduction="none")
-        for logits, wanted in _with_targets(logits_at(model, hidden, masked, cfg_scale), target[masked])
+        for logits, wanted in _with_targets(logits_at(model, hidden, at, cfg_scale), target[at])
     ]
-    row = masked.nonzero()[:, 0].cpu()
-    sums = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, row, torch.cat(losses).cpu().double())
+    nats = torch.cat(losses).cpu().double()
+    sums = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, at[0].cpu(), nats)
     found: list[float] = sums.tolist()
     return found
 

@@ -19,6 +19,9 @@ The last block too is only needed at the columns that are read, all but its keys
 leaves it to the reader, for the models that can (`MaskPredictor.states`). Windows of columns begin and end at
 multiples of `WINDOW`, as the tiles of the attention kernels do: on the CPUs tried every position then has the
 bits of the full forward (elsewhere it is equal up to rounding).
+
+Where somebody reads is a list of positions, found once a step: on a GPU the host waits for each mask that it
+turns into positions, and for nothing that is indexed with them.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,6 +33,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+Positions = tuple[Int[Tensor, " N"], Int[Tensor, " N"]]  # rows and columns, in row-major order
 CHUNK = 256  # positions per call of the LM head
 WINDOW = 32  # columns
 
@@ -101,24 +105,30 @@ def hidden_states(
 
 @dataclass(frozen=True)
 class LazyStates:
-    """Hidden states [B, L, d] that are computed where they are read: `states[where]` is [N, d].
+    """Hidden states [B, L, d] that are computed where they are read: `states[at]` is [N, d].
 
     Column i predicts token i, as in `hidden_states`.
 
     Attributes:
         window: (start, stop) -> the aligned states of these columns, [B, stop - start, d].
         dtype: of the states.
+        length: L.
+        is_whole: all columns are there already: no window is narrower than the canvas.
     """
 
     window: Callable[[int, int], Float[Tensor, "B c d"]]
     dtype: torch.dtype
+    length: int
+    is_whole: bool
 
-    def __getitem__(self, where: Bool[Tensor, "B L"]) -> Float[Tensor, "N d"]:
-        """The states at `where`, in row-major order; at least one position."""
-        columns = where.any(0).nonzero()
-        start = int(columns[0]) // WINDOW * WINDOW
-        stop = min(-(-(int(columns[-1]) + 1) // WINDOW) * WINDOW, where.shape[1])
-        return self.window(start, stop)[where[:, start:stop]]
+    def __getitem__(self, at: Positions) -> Float[Tensor, "N d"]:
+        """The states at these positions, one at least."""
+        rows, columns = at
+        start, stop = 0, self.length
+        if not self.is_whole:
+            first, last = torch.stack(columns.aminmax()).tolist()
+            start, stop = first // WINDOW * WINDOW, min((last // WINDOW + 1) * WINDOW, stop)
+        return self.window(start, stop)[rows, columns - start]
 
 
 Hidden = Float[Tensor, "B L d"] | LazyStates
@@ -138,9 +148,10 @@ def lazy_states(
     states = states_of(model, x, attention_mask)
     shifted = bool(getattr(model.config, "shifted_logits", False))
     read = _Windows(states, _first_tokens(x, attention_mask) if shifted else None)
+    form = states.dtype, x.shape[1], isinstance(states, WholeStates)
     if cfg_scale == 0:
-        return (LazyStates(read, states.dtype),)
-    return tuple(LazyStates(partial(read.half, i), states.dtype) for i in (0, 1))
+        return (LazyStates(read, *form),)
+    return tuple(LazyStates(partial(read.half, i), *form) for i in (0, 1))
 
 
 def states_of(
@@ -196,19 +207,25 @@ def _shifted(h: Float[Tensor, "B c d"], first: Bool[Tensor, "B c"]) -> Float[Ten
     return torch.where(first[..., None], h, torch.cat([h[:, :1], h[:, :-1]], dim=1))
 
 
+def positions(where: Bool[Tensor, "B L"]) -> Positions:
+    """Rows and columns of a mask's positions; waits for the device."""
+    rows, columns = where.nonzero(as_tuple=True)
+    return rows, columns
+
+
 def logits_at(
     model: MaskPredictor,
     hidden: tuple[Hidden, ...],
-    where: Bool[Tensor, "B L"],
+    at: Positions,
     cfg_scale: float,
 ) -> Iterator[Float[Tensor, "n E"]]:
-    """Yields the logits at `where`, in row-major order, at most `CHUNK` positions at a time.
+    """Yields the logits at some positions, in their order, at most `CHUNK` at a time; nothing for none.
 
     Without guidance they have the model's dtype; guided logits are combined in float32 or better.
     """
-    if not bool(where.any()):
+    if len(at[0]) == 0:
         return
-    gathered = [h[where] for h in hidden]  # [N, d]
+    gathered = [h[at] for h in hidden]  # [N, d]
     for parts in zip(*(h.split(CHUNK) for h in gathered), strict=True):
         if len(parts) == 1:
             yield model.head(parts[0])

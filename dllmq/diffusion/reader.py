@@ -11,7 +11,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllmq.diffusion.confidence import argmax_confidence, confidence_of, exclude, pieces
-from dllmq.diffusion.predict import Hidden, MaskPredictor, at_least_float32, logits_at
+from dllmq.diffusion.predict import (
+    Hidden,
+    MaskPredictor,
+    Positions,
+    at_least_float32,
+    logits_at,
+    positions,
+)
 from dllmq.diffusion.process import uniform
 from dllmq.diffusion.settings import SamplerConfig
 
@@ -33,28 +40,30 @@ class Reader:
         committable: Bool[Tensor, "B L"],
         observed: Bool[Tensor, "B L"],
     ) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B L"], Float[Tensor, "N E"] | None]:
-        groups = [committable]  # alone and first, so that its rounding and noise never depend on `observed`
-        rest = observed & ~committable
-        if bool(rest.any()):
-            groups.append(rest)
+        # alone and first, so that its rounding and noise never depend on `observed`
+        groups = [(committable, self.config.temperature)]
+        if observed is not committable:
+            groups.append((observed & ~committable, 0.0))
         prediction, confidence, logits = x.clone(), None, None
-        for group in groups:
-            temperature = self.config.temperature if group is committable else 0.0
-            parts = [self._read(part, temperature) for part in self._logits(hidden, group)]
+        for group, temperature in groups:
+            at = positions(group)
+            parts = [self._read(part, temperature) for part in self._logits(hidden, at)]
+            if not parts:
+                continue
             x0, p, values = (torch.cat(part) for part in zip(*parts, strict=True))
             if confidence is None:
                 confidence = p.new_zeros(x.shape)
                 logits = values.new_empty(int(observed.sum()), values.shape[1]) if self.keep_logits else None
-            prediction[group] = x0
-            confidence[group] = p
+            prediction[at] = x0
+            confidence[at] = p
             if logits is not None:
                 logits[group[observed]] = values
         assert confidence is not None
         return prediction, confidence, logits
 
-    def _logits(self, hidden: tuple[Hidden, ...], where: Tensor) -> Iterator[Tensor]:
+    def _logits(self, hidden: tuple[Hidden, ...], at: Positions) -> Iterator[Tensor]:
         never_predicted = self.flag_ids[0]
-        for logits in logits_at(self.model, hidden, where, self.config.cfg_scale):
+        for logits in logits_at(self.model, hidden, at, self.config.cfg_scale):
             yield exclude(logits, never_predicted)
 
     def _read(

@@ -51,6 +51,7 @@ from dllmq.calibration.states import (
 from dllmq.diffusion import SamplerConfig
 from dllmq.diffusion.dream_sampler import confidence_of, cut_logits
 from dllmq.diffusion.predict import hidden_states, logits_at
+from dllmq.diffusion.predict import positions as positions_of
 from dllmq.diffusion.sampler import TopK
 from dllmq.durable import replace, sync_file
 from dllmq.evaluation.statistics import mean_stderr
@@ -202,7 +203,7 @@ def _read(
     prediction, confidence = state.tokens.clone(), torch.zeros(where.shape)
     parts = [
         _decide(logits, model.config, sampler)
-        for logits in logits_at(model, hidden, where.to(device), sampler.cfg_scale)
+        for logits in logits_at(model, hidden, positions_of(where.to(device)), sampler.cfg_scale)
     ]
     if parts:
         prediction[where], confidence[where] = (torch.cat(part).cpu() for part in zip(*parts, strict=True))

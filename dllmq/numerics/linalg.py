@@ -15,7 +15,7 @@ from torch import Tensor
 
 TILE = 512  # symmetric and triangular products are cut into halves down to this width
 LEAF = 256  # down to this width a matrix is factored by LAPACK
-SMALLEST = 32  # of a product's three sizes, for oneDNN to be worth its call
+SMALLEST = 64  # of a product's three sizes, for oneDNN to be worth its call
 LARGEST = 2**22  # numbers in a product that is made to be added: memory of more is new each time, and slow
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 

@@ -137,7 +137,7 @@ def test_full_precision_has_nothing_to_export(folder: Path, monkeypatch: pytest.
     monkeypatch.setattr(dllmq.cell, "evaluate", lambda *_: EvalResult())
     made = cell(folder, "method=fp", "export=gptq")
     assert made.run().inert[-1] == "export: full precision is the checkpoint itself, so nothing is exported"
-    assert not (made.folder / "model").exists() and made._finished() is not None
+    assert not (made.folder / "model").exists() and made.kept.finished() is not None
 
 
 def test_export_changes_no_number(folder: Path) -> None:

@@ -205,7 +205,9 @@ def command(program: str, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["lm_eval", "dllmq.evaluation.plugin"])
+@pytest.mark.parametrize(
+    "program", ["lm_eval", pytest.param("dllmq.evaluation.plugin", marks=pytest.mark.long)]
+)
 def test_the_stock_command_line_gives_our_own_scores(program: str, folder: Path, tmp_path: Path) -> None:
     """lm-eval's own arguments, task files and result file; the task is a local YAML."""
     config = build_task_configs(["mini_gsm"], 4, tmp_path)[0]

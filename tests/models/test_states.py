@@ -72,8 +72,8 @@ def test_states_are_those_of_the_whole_forward(
     lazy = lazy_states(model, x, attention_mask, given, cfg_scale)
     assert len(whole) == len(lazy) == 1 + (cfg_scale > 0)
     for a, b in zip(whole, lazy, strict=True):
-        equal(a[where], b[where])
-        equal(a[mask > 0], b[mask > 0])  # and a second time, elsewhere
+        equal(a[where], b[where.nonzero(as_tuple=True)])
+        equal(a[mask > 0], b[(mask > 0).nonzero(as_tuple=True)])  # and a second time, elsewhere
 
 
 OPTIONS = [
