@@ -67,7 +67,8 @@ def test_cells_have_folders_of_their_own(preset: str) -> None:
 def test_every_cell_of_a_preset_passes_the_check(preset: str) -> None:
     for cell in listed(f"experiment={preset}"):
         plan = check_cell(composed(*cell))
-        assert plan.config.tasks.names == ["mini_gsm"] and plan.config.embedded, cell
+        assert {"mini_gsm"} <= set(plan.config.tasks.names) <= {"mini_gsm", "mini_choice"}, cell
+        assert plan.config.embedded, cell
         assert not [line for line in plan.recipe.inert() if not line.startswith("cgq: clean text")], cell
 
 
