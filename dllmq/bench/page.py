@@ -43,7 +43,8 @@ def headline(sections: Sequence[Section]) -> str:
     """What was measured; that nothing was, of trials; what was stopped; which outputs are not equal."""
     measured, trials = ([s for s in sections if s.quick is quick] for quick in (False, True))
     count = sum(len(s.rows) for s in measured)
-    parts = [f"{count} comparisons, each of two things measured in the same run."] if measured else []
+    many = f"{count} comparisons, each" if count != 1 else "One comparison"
+    parts = [f"{many} of two things measured in the same run."] if measured else []
     if trials:
         which = "Everything here is" if not measured else f"{_names(trials)}:"
         parts.append(f"{which} a trial of the program at toy sizes, and no measurement.")

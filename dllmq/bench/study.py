@@ -151,7 +151,7 @@ at equal output, and how much memory do packed weights save? Every number is a r
 in the same run, interleaved: the plain loop of LLaDA's published code, GPTQ's Algorithm 1 as published,
 `F.linear` in bf16.
 
-**Command** (writes [results.json](results.json), [table.md](table.md) and the figures; then this page):
+**Command** (writes [results.json](results.json), [table.md](table.md), report.html and the figures; then this page):
 """
 
 
