@@ -7,7 +7,8 @@
     python -m dllmq.bench --report outputs/speed  its tables, figures and pages again; nothing is measured
 
 Baseline and ours run interleaved in the same process; a ratio above 1 is faster, or smaller. Results, tables,
-figures and report.html go to outputs/bench, or to --out. Exit code 1 where outputs that must be equal are not.
+figures and report.html go to outputs/bench, or to --out. Exit code 1 where outputs that must be equal are
+not.
 """
 
 from __future__ import annotations
@@ -46,7 +47,12 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1 ...")
     add("--dtype", default="auto", help="auto (mini: float32, others: bfloat16), float32, bfloat16")
     add("--threads", type=int, help="CPU threads (torch's own choice)")
-    add("--out", type=Path, default=OUT, help=f"folder for results and report.html ({OUT}); adds to what it has")
+    add(
+        "--out",
+        type=Path,
+        default=OUT,
+        help=f"folder for results and report.html ({OUT}); adds to what it has",
+    )
     add("--json", action="store_true", help="print JSON instead of tables")
     add("--quick", action="store_true", help="toy sizes: a trial of the program, and no measurement")
     add("--report", type=Path, metavar="FOLDER", help="write a folder's tables and page again")

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from dllmq.report.plot_style import Drawing
 
 CAPTION = (
-    "Baseline / ours: a point for the median, a bar from the lowest to the highest round. Hollow: approximate."
+    "Baseline / ours: a point for the median of the rounds, a bar from the lowest to the highest. "
+    "Hollow: approximate."
 )
 
 

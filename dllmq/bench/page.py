@@ -114,8 +114,7 @@ def _figure(section: Section) -> str:
 
 def _facts(section: Section) -> str:
     """Device, versions, commit, date and command."""
-    items = "".join(
-        f"<dt>{escape(name)}</dt><dd>{f'<code>{escape(text)}</code>' if name == 'command' else escape(text)}</dd>"
-        for name, text in machine_facts(section).items()
-    )
+    facts = {name: escape(text) for name, text in machine_facts(section).items()}
+    facts["command"] = f"<code>{facts['command']}</code>"
+    items = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in facts.items())
     return f"<h3>Measured with</h3><dl>{items}</dl>"

@@ -172,9 +172,9 @@ def awq_grid(setup: Setup, sheet: Sheet) -> None:
     """The search over 20 exponents for the four groups of one block.
 
     {q, k, v} and {gate, up} are judged by attention and the MLP, which both ways run for every candidate, on
-    two sequences. attn_out and down are judged by their own outputs: ours comes from one Gram matrix of as many
-    tokens as calibration has, 128 states. (1B's values are grouped, so that its attn_out would not be scaled
-    at all; its search is timed as that of a model whose values are not, as LLaDA-8B's.)
+    two sequences. attn_out and down are judged by their own outputs: ours comes from one Gram matrix, of as
+    many tokens as calibration has, 128 states. (1B's values are grouped, so that its attn_out would not be
+    scaled at all; its search is timed as that of a model whose values are not, as LLaDA-8B's.)
     """
     shape = "tiny" if setup.quick else "llada_1b_shape"
     model = build(shape, setup.device, setup.dtype, blocks=1)
@@ -196,7 +196,7 @@ def awq_inputs(setup: Setup, group: LinearGroup, shape: tuple[int, int, int]) ->
 
 
 def awq_row(setup: Setup, group: LinearGroup, where: str, inputs: list[GroupInput]) -> Row:
-    """The textbook's search -> ours, with its rounding; equal: the exponent, or one whose loss is as small."""
+    """The textbook's search -> ours, with its rounding; equal: the exponent, or the loss of another one."""
     method, name = AWQ(NUM_EXPONENTS, clip=False), group.name.rpartition(".")[2]
     runs: dict[str, Callable[[], Any]] = {
         "theirs": lambda: textbook_losses(group, inputs),

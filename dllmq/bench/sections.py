@@ -22,9 +22,7 @@ SHAPELESS = {"linear": "linears of LLaDA-8B", "quantize": "matrices of LLaDA-8B"
 TOYS = "toy sizes"  # theirs with --quick
 
 
-def run_section(
-    name: str, setup: Setup, command: str, out: Path, log: Callable[[str], None]
-) -> Section:
+def run_section(name: str, setup: Setup, command: str, out: Path, log: Callable[[str], None]) -> Section:
     """Measures a section into a folder.
 
     results.json is written after every row, so that what is measured stays, and again after the last one:

@@ -2,9 +2,9 @@
 
     python -m dllmq.bench --report experiments/speed
 
-README.md has question, commands, targets and verdict. `gpu/results.json` in the folder, where there is one, is
-what experiments/speed/gpu.py measured; `notes.md` is taken in as it is: it is where a person says why a target
-was missed. Targets that another study measured are read from that study's page beside the folder.
+README.md has question, commands, targets and verdict. `gpu/results.json` in the folder, where there is one,
+is what experiments/speed/gpu.py measured; `notes.md` is taken in as it is: it is where a person says why a
+target was missed. Targets that another study measured are read from that study's page beside the folder.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ at equal output, and how much memory do packed weights save? Every number is a r
 in the same run, interleaved: the plain loop of LLaDA's published code, GPTQ's Algorithm 1 as published,
 `F.linear` in bf16.
 
-**Command** (writes [results.json](results.json), [table.md](table.md), report.html and the figures; then this page):
+**Command** (writes [results.json](results.json), [table.md](table.md), report.html, figures; then this page):
 """
 
 
@@ -221,7 +221,12 @@ def readme(
     measured = [section for section in sections if not section.quick] or sections
     commands = list(dict.fromkeys(section.command for section in measured))
     lines = ["```", *commands, "python -m dllmq.bench --report experiments/speed", "```", "", QUICK]
-    parts = [QUESTION.rstrip("\n"), "\n".join(lines), _gpu_words(on_gpu), verdict([*sections, *on_gpu], took or {})]
+    parts = [
+        QUESTION.rstrip("\n"),
+        "\n".join(lines),
+        _gpu_words(on_gpu),
+        verdict([*sections, *on_gpu], took or {}),
+    ]
     parts += [notes.strip()] if notes.strip() else []
     parts += [f"![{s.section}, {s.shape}](figures/{name_of(s)}.png)" for s in sections if _is_drawn(s)]
     parts += ["## What is compared", COMPARED.strip()]

@@ -22,8 +22,8 @@ REMARKS = {
     ),
     "quantize": (
         "Equal, GPTQ: 99 % of the codes, the objective within 0.2 %. Sums in another order move a few codes.",
-        "Equal, others: within 0.001 (factor) or 0.01 (Hessian) of the largest entry; AWQ's exponent (attn_out "
-        "and down: or one whose loss is within 0.2 % of the least).",
+        "Equal, others: within 0.001 (factor) or 0.01 (Hessian) of the largest entry; AWQ's exponent "
+        "(attn_out and down: or one whose loss is within 0.2 % of the least).",
     ),
     "linear": ("Equal: the output is the definition's in float64, up to the rounding to bfloat16.",),
     "evaluate": ("Equal: every answer, cut at its first end of text.",),

@@ -40,8 +40,8 @@ def interleaved(
 ) -> dict[str, Measured]:
     """Times every run once a round, in the given order, `repeats` rounds after a warm-up of each.
 
-    Whether a sample lasted long enough is seen in every round: a first call that compiles tells nothing of how
-    often a run has to be called.
+    Whether a sample lasted long enough is seen in every round: a first call that compiles tells nothing of
+    how often a run has to be called.
 
     Args:
         runs: name -> what to time.

@@ -12,9 +12,9 @@
 Parts with targets come first, and in each of them the rows with targets. Each part is a process of its own
 with a budget of seconds; what it did not use goes to the next, and the time of parts that were not asked for
 to the first. A part that fails or runs out of time leaves its rows so far in results.json, where its section
-is marked as stopped, and one sentence here and in parts.json; the others run all the same. Compiling and tuning
-every kernel is expected to take longer than the budgets of linear and tests (this has not run on a GPU yet);
-compiled kernels stay in triton's cache, so `--parts linear,tests` later gets further.
+is marked as stopped, and one sentence here and in parts.json; the others run all the same. Compiling and
+tuning every kernel is expected to take longer than the budgets of linear and tests (this has not run on a GPU
+yet); compiled kernels stay in triton's cache, so `--parts linear,tests` later gets further.
 Needs torch with CUDA, triton, transformers, jaxtyping, pytest and hypothesis; neither hydra nor lm-eval.
 """
 

@@ -65,6 +65,7 @@ def test_a_part_that_fails_is_one_sentence_and_stops_nothing(
     script: Any, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """CUDA's errors end with advice, Triton's with source text: the last line says what happened."""
+
     def broken(*args: Any) -> None:
         raise RuntimeError("CUDA error: no kernel image\nCompile with `TORCH_USE_CUDA_DSA`.\n")
 
@@ -77,7 +78,10 @@ def test_a_part_that_fails_is_one_sentence_and_stops_nothing(
     ends = iter(["failed with code 1: RuntimeError: CUDA error: no kernel image", "finished"])
     monkeypatch.setattr(script, "in_process", lambda *args: next(ends))
     assert [p["status"] for p in script.all_parts(arguments(tmp_path))][-1] == "finished"
-    assert "linear: failed with code 1: RuntimeError: CUDA error: no kernel image, 0 s\n" in capsys.readouterr().out
+    assert (
+        "linear: failed with code 1: RuntimeError: CUDA error: no kernel image, 0 s\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_all_budgets_fit_into_ten_minutes(script: Any) -> None:

@@ -37,7 +37,10 @@ def told(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["--device", "cpu:3"], "unknown --device 'cpu:3': use auto, cpu, cuda or cuda:<index>."),
         (["--device", "cuda:x"], "unknown --device 'cuda:x'"),
         (["--out", "/proc/speed", "--quick"], "results cannot be written to /proc/speed (No such file"),
-        (["--out", __file__, "--quick"], "test_main.py (File exists): give a folder that can be, --out FOLDER."),
+        (
+            ["--out", __file__, "--quick"],
+            "test_main.py (File exists): give a folder that can be, --out FOLDER.",
+        ),
         (["--repeats", "0"], "--repeats must be an integer >= 1; got 0."),
         (["--threads", "0"], "--threads must be an integer >= 1; got 0."),
         (["--dtype", "float16"], "unknown --dtype 'float16': use auto, float32 or bfloat16."),
@@ -137,7 +140,9 @@ def test_results_go_to_a_folder_of_their_own_by_default(
 ) -> None:
     """The trial of a section keeps the measurement that is there."""
     fake(monkeypatch, equal=True)
-    assert bench.main(["memory", "--shape", "tiny"]) == 0 == bench.main(["memory", "--shape", "tiny", "--quick"])
+    assert (
+        bench.main(["memory", "--shape", "tiny"]) == 0 == bench.main(["memory", "--shape", "tiny", "--quick"])
+    )
     assert "In outputs/bench: report.html, table.md, results.json, figures.\n" in capsys.readouterr().out
     found = read_sections(Path("outputs/bench/results.json"))
     assert [(s.quick, s.finished) for s in found] == [(False, True), (True, True)]

@@ -36,8 +36,9 @@ def test_the_page_has_tables_figures_and_how_they_were_made() -> None:
     text = render([section(row()), section(row(unit="B"), section="memory")])
     assert text.count("<table>") == text.count("<svg") == 2
     assert "<td>plain loop 3 s</td>" in text and '<td class="num">3.00 x</td>' in text
-    for fact in ("a processor, 2 threads (avx512_vnni)", "dllmq 0.1, python 3.12.1, torch 2.11", "<dd>abc</dd>",
-                 "<code>python -m dllmq.bench generate --shape llada_1b_shape</code>", "Linux x86_64"):  # fmt: skip
+    command = "<code>python -m dllmq.bench generate --shape llada_1b_shape</code>"
+    versions = "dllmq 0.1, python 3.12.1, torch 2.11"
+    for fact in ("a processor, 2 threads (avx512_vnni)", versions, "<dd>abc</dd>", "Linux x86_64", command):
         assert text.count(fact) == 2, fact
     assert text.count("<li>Not measured, this: for that reason.</li>") == 2
     assert "2 comparisons, each of two things measured in the same run." in text
@@ -70,7 +71,10 @@ def test_trials_and_what_was_stopped_stand_out() -> None:
     trial, cut = section(row(), quick=True), section(row(), section="memory", finished=False)
     assert headline([trial]) == "Everything here is a trial of the program at toy sizes, and no measurement."
     both = headline([trial, cut])
-    assert both.startswith("One comparison of two things") and "generate, llada_1b_shape bfloat16: a trial of the program" in both
+    assert (
+        both.startswith("One comparison of two things")
+        and "generate, llada_1b_shape bfloat16: a trial of the program" in both
+    )
     assert "Stopped before the end: memory, llada_1b_shape bfloat16." in both
     text = render([trial, cut])
     assert "<span>A trial of the program, no measurement.</span>" in text

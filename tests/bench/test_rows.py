@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 from bench.rows_factory import row, section
 
-from dllmq.bench.rows import Row, Section, Sheet, check_folder, read_sections, timed_row, to_plain, write_section
+from dllmq.bench.rows import (
+    Row,
+    Section,
+    Sheet,
+    check_folder,
+    read_sections,
+    timed_row,
+    to_plain,
+    write_section,
+)
 from dllmq.bench.timing import Measured
 
 
@@ -70,7 +79,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     check_folder(tmp_path / "new" / "one")
     assert list((tmp_path / "new" / "one").iterdir()) == []
     (tmp_path / "results.json").write_text('{"scores": 1}')
-    with pytest.raises(ValueError, match="not a results.json of dllmq.bench"):
+    with pytest.raises(ValueError, match=r"not a results\.json of dllmq\.bench"):
         check_folder(tmp_path)
 
 

@@ -103,7 +103,17 @@ def test_caches_and_thresholds_are_rows_where_the_sampler_has_them() -> None:
 
 def test_quantize_finds_equal_codes_and_one_block_of_everything() -> None:
     rows, _ = rows_of(quantize, replace(QUICK, dtype=torch.bfloat16))
-    for key in ("loop", "factor", "gptq", "gram", "gram_group", "awq_qkv", "awq_attn_out", "awq_gate_up", "awq_down"):
+    for key in (
+        "loop",
+        "factor",
+        "gptq",
+        "gram",
+        "gram_group",
+        "awq_qkv",
+        "awq_attn_out",
+        "awq_gate_up",
+        "awq_down",
+    ):
         assert rows[f"quantize.{key}"].equal is True, key
     assert rows["quantize.gptq"].share is not None and rows["quantize.gptq"].share >= 0.99
     end = rows["quantize.gptq_blocks"]

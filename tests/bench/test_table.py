@@ -78,13 +78,17 @@ def test_titles_of_trials_say_so() -> None:
 
 def test_a_section_that_was_stopped_says_after_how_many_rows() -> None:
     cut = section(row(), row(shape="batch 1"), finished=False)
-    assert title(cut).endswith("(stopped after 2 rows)") and mark(section(row(), finished=False))[-3:] == "row"
+    assert (
+        title(cut).endswith("(stopped after 2 rows)") and mark(section(row(), finished=False))[-3:] == "row"
+    )
     assert mark(section(row())) == ""
     text = markdown([cut, section(section="memory")])
     assert "## generate, llada_1b_shape bfloat16 (stopped after 2 rows)" in text
     assert text.count("This section was stopped before its end") == 1
     page = readme([cut, section(row(), section="memory")], [])
-    assert "**Cut off**, rows are missing: generate, llada_1b_shape bfloat16 (stopped after 2 rows).\n" in page
+    assert (
+        "**Cut off**, rows are missing: generate, llada_1b_shape bfloat16 (stopped after 2 rows).\n" in page
+    )
     assert "Cut off" not in readme([section(row())], [])
 
 
@@ -136,7 +140,9 @@ def test_targets_of_other_studies_are_read_from_their_pages(tmp_path: Path) -> N
     assert "| 5 min 1 s ([demo](../demo/README.md)) | missed |" in words
     assert "| 40 min 53 s ([ablation_one_seed](../ablation_one_seed/README.md)) | met |" in words
     assert studies(tmp_path / "nowhere") == {}
-    assert cost("**Cost.** 1 h 2 min 3 s.") == 3723.0 and cost("It took 3 min 1 s. **Cost.** Nothing.") is None
+    assert (
+        cost("**Cost.** 1 h 2 min 3 s.") == 3723.0 and cost("It took 3 min 1 s. **Cost.** Nothing.") is None
+    )
 
 
 def test_what_other_studies_took_is_what_their_records_count() -> None:
