@@ -214,6 +214,16 @@ def test_memory_of_packed_codes_is_counted_in_this_process() -> None:
     assert 3 < row.numbers["without_embedding_and_head"] <= 4
 
 
+def test_w4a4_is_measured_with_four_bits_a_weight() -> None:
+    """On a CPU the fast backend of both W4 formats keeps a byte a weight; compact ones do not."""
+    assert {"w4a8", "w4a4", "w4a8 compact", "w4a4 compact"} <= set(memory.FORMATS)
+    setup, blocks = replace(QUICK, dtype=torch.bfloat16), []
+    for name in ("bfloat16", "w4a4", "w4a4 compact"):
+        found = memory.measured(setup, name)
+        blocks.append(found["held_bytes"] - found["other_bytes"])
+    assert 3 < blocks[0] / blocks[2] <= 4 and 1 < blocks[0] / blocks[1] < 2
+
+
 def test_a_format_without_a_backend_is_left_out() -> None:
     sheet = Sheet()
     memory.add_rows(sheet, ("bfloat16", "w4a16"), {}, {"left_out": "why"})
