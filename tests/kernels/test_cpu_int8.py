@@ -230,7 +230,7 @@ def test_inputs_are_quantized_as_by_their_definition(p: Problem, unsigned: bool,
         found = quantize_inputs(p.x, p.inputs, Layout(2, unsigned))
     params = fit(p.x, p.inputs)
     a = torch.zeros(len(p.x), G) if found.offset is None else found.offset
-    c = found.codes.long().transpose(0, 1).flatten(1) - MOVED * unsigned
+    c = found.codes.long().transpose(0, 1).flatten(1) - found.middle * unsigned
     assert found.codes.dtype == (torch.uint8 if unsigned else torch.int8) and torch.equal(
         found.scale, params.scale
     )
