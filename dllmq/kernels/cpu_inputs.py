@@ -6,9 +6,9 @@ them. With z of each token (or of each group of its channels) codes are written 
     up to 7 bits, and symmetric    c = q - z,    a = 0
     8 bits                         c = q - m,    a = m - z
 
-with m = 128, so that c fits int8. oneDNN's product takes unsigned inputs, u = c + m, and takes m off again in
-integers: there m is what a batch's z have in the middle (elsewhere 128), which keeps a small where an outlier of
-one sign leaves a token's other values at one end of its grid.
+With m = 128 c fits int8. oneDNN's product takes unsigned inputs, u = c + m, and takes m off again in integers
+(m = 128 up to 7 bits too); at 8 bits m is the median of a batch's z there, which keeps a and all sums small
+where an outlier of one sign leaves the other values of many tokens at one end of their grids.
 
 What it costs: eight passes over the input in a core's cache, 1 ms for 256 tokens of 4,096 channels (one core,
 AMD Zen 5), a thirtieth of the product with 12,288 outputs. Fusing the norm before it could save one of them,
@@ -46,11 +46,11 @@ class Inputs:
     """Quantized tokens.
 
     Attributes:
-        codes: c (int8) or c + m (uint8), segment by segment.
+        codes: c (int8), or c + m (uint8), segment by segment.
         scale: s of each token and group.
         offset: a of each token and group, integers; None where all are 0.
         sums: sum of c over each segment, integers.
-        middle: m.
+        middle: m; 128 where codes are int8.
         largest: the largest |sum of c|, |a| and norm of c, over a segment.
     """
 

@@ -4,15 +4,15 @@
 
 s_x, z_x of each token or group of its channels (dynamic), s_w, z_w of each output channel or group. A segment
 is what lies between two changes of a scale (cpu_inputs.py); with one scale per token and output channel it is
-the whole row. Up to 7 bits q - z fits int8 and is the product's operand. At 8 bits codes are moved by 128:
-with q = c + 128, a = 128 - z_x, d = 128 - z_w
+the whole row. Up to 7 bits q - z fits int8 and is the product's operand. At 8 bits codes are moved by m = 128
+(an unsigned input by an m of its own): with q = c + m, a = m - z_x, d = 128 - z_w
 
     sum (q_x - z_x)(q_w - z_w) = sum c_x c_w + d sum c_x + a sum (c_w + d)
 
-All of it is exact in int32 for segments of 2 to 33,025 columns, and becomes fp32 at its end, rounded once where
-it passes 2^24. a and d are added as integers: the three terms cancel where a token is nearly all zeros, or one
-spike among them, and what fp32 would lose of them is all that is left. Each segment's sum is then scaled and
-added in fp32, in order, so the output differs from the definition by the rounding of these steps.
+The sum is exact in int32 for segments of 2 to 33,025 columns and then becomes fp32, rounded once where it
+passes 2^24. Its terms are added as integers (in fp32 where all of them stay below 2^24): they cancel where a
+token is nearly all zeros, and what fp32 would lose of them may be all that is left. Sums are scaled and added
+segment by segment in fp32, in order: the output differs from the definition by the rounding of these steps.
 
 The kernels differ in how a weight lies in memory, and in nothing else: their outputs are equal bit for bit.
 
@@ -159,7 +159,8 @@ def prepare_as(
         at = slice(start, start + step)
         c = _codes(quantized.codes[at], zero[at], grid).view(-1, I // S, S)
         parts.append(c.sum(-1, dtype=torch.int32))
-        norm = max(norm, *(float(torch.linalg.vector_norm(some.float(), 2, -1).max()) for some in c.split(ROWS)))
+        for some in c.split(ROWS):
+            norm = max(norm, max_abs(torch.linalg.vector_norm(some.float(), 2, -1)))
         base = (zero[at] - grid.low).repeat_interleave(I // S // G, 1)
         chunks.append(make(c.transpose(0, 1).contiguous(), base.T))
     offset = (MOVED - zero).T.float().contiguous() if grid.bits == 8 and not grid.symmetric else None
@@ -223,7 +224,7 @@ def _with_offsets(
 ) -> Float[Tensor, "T o"]:
     """`exact_sums` from the product of codes, which it changes."""
     N, terms = len(x.codes), [ours * theirs for ours, theirs in zip(x.largest, w.largest, strict=True)]
-    if w.has_offsets and not 1.01 * sum(terms) <= EXACT:  # with codes' sums below the product of their norms
+    if w.has_offsets and not 1.01 * sum(terms) <= EXACT:  # a sum is at most the product of norms; or NaN
         sums = codes.exact(n, x.codes[n], x.middle, sums, terms[0] + terms[1])
     if w.offset is not None:
         sums.addcmul_(x.sums[:, n, None].to(sums.dtype), w.offset[_group(n, w.offset, N), at].to(sums.dtype))
