@@ -3,13 +3,13 @@
     acc = sum (u - m) c_w,    y = acc s_w (+ y)          u = c_x + m, unsigned
 
 s_w is fused into the product, and so is the sum over segments, where nothing is added to acc. acc leaves
-oneDNN as fp32, rounded beyond 2^24. Where that would be felt, such tokens are multiplied once more, by the last
-digit of their codes: its sums are small enough to be exact, and are acc modulo the digit's base, which is more
-than rounding took. Few tokens need it: those at another end of their grid than most of their batch.
+oneDNN as fp32, rounded beyond 2^24. Where that would be felt, such tokens are multiplied once more, by the
+last digit of their codes: its sums are small enough to be exact, and are acc modulo the digit's base, which
+is more than rounding took. Few tokens need it: those at another end of their grid than most of their batch.
 
-Inputs are unsigned because oneDNN has a fast product of signed ones only with AMX: with VNNI alone it falls to
-a reference one, 10,000 times as slow (2.1 s against 0.2 ms for 64 x 1024 x 1024, oneDNN 3.12, AMD Zen 5), and
-says nothing.
+Inputs are unsigned because oneDNN has a fast product of signed ones only with AMX: with VNNI alone it falls
+to a reference one, 10,000 times as slow (2.1 s against 0.2 ms for 64 x 1024 x 1024, oneDNN 3.12, AMD Zen 5),
+and says nothing.
 
 The operators are private to torch (`torch.ops.onednn`): `works` tries them once, for their numbers and their
 time; where it says no, `cpu_int8` does the same more slowly. A prepacked weight takes one byte a weight, and
