@@ -10,7 +10,7 @@ With m = 128 c fits int8. oneDNN's product takes unsigned inputs, u = c + m, and
 (m = 128 up to 7 bits too); at 8 bits m is the median of a batch's z there, which keeps a and all sums small
 where an outlier of one sign leaves the other values of many tokens at one end of their grids.
 
-What it costs: eight passes over the input in a core's cache, 1 ms for 256 tokens of 4,096 channels (one core,
+What it costs: nine passes over the input in a core's cache, 1 ms for 256 tokens of 4,096 channels (one core,
 AMD Zen 5), a thirtieth of the product with 12,288 outputs. Fusing the norm before it could save one of them,
 which is not worth a kernel: sharing one quantization among the linears of a group (models/linear.py) is all
 that pays on CPU.

@@ -40,7 +40,7 @@ from dllmq.numerics import Grid, QuantizedTensor
 COLUMNS = range(2, 33_026)  # more could overflow: 33,025 * 255^2 < 2^31; torch._int_mm is wrong for one
 OUTPUTS = (4096, 2048)  # of a chunk: rows of one segment, of more (256 tokens' fp32 outputs take 2 MB)
 EXACT = 2**24  # integers up to here are exact in fp32
-ROWS = 128  # tokens whose sums are scaled together
+ROWS = 128  # tokens whose sums are scaled together, and rows of weights that are widened together
 TOKENS = 256  # that pass through a chunk's segments together
 
 
