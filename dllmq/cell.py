@@ -313,6 +313,7 @@ class Cell:
             | {"baseline": self.fp_key, "settings": {k: asdict(v) for k, v in config.answers().items()}}
             | {k: v for k, v in {"published": config.published(), "subtasks": result.subtasks}.items() if v}
             | ({"approximate decoding": config.approximations()} if config.approximations() else {})
+            | _other_noise(result)
             | ({"helpers": self.team.batches} if self.team.batches else {})  # batches they answered, by rank
             | ({"sandbox": sandbox.level()} if any(map(runs_code, config.tasks.names)) else {}),
             fidelity_per_prompt=found.per_prompt,
@@ -386,6 +387,13 @@ def _write_samples(samples: dict[str, list[dict[str, Any]]], folder: Path) -> No
     for task, rows in samples.items():
         lines = "".join(json.dumps(row, default=str) + "\n" for row in rows)
         write_text_atomic(folder / f"samples_{task}.jsonl", lines)
+
+
+def _other_noise(result: EvalResult) -> dict[str, dict[str, str]]:
+    """A note where memory ran out and noise is drawn batch by batch: with more of it answers are others."""
+    halved = {task: c for task, c in result.counters.items() if c.get("halved_from")}
+    sizes = {task: f"{c['halved_from']} -> {c['batch_size']}" for task, c in halved.items()}
+    return {"sampled in halved batches": sizes} if sizes else {}
 
 
 def _generation_cost(result: EvalResult) -> dict[str, float | int | None]:

@@ -15,7 +15,11 @@ _CLOSED = {
     errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EIO,
     errno.ESTALE,
 }  # fmt: skip
-_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
+# Allocators of torch, drivers, cuDNN, cuBLAS and C++ say it in words of their own, most in a RuntimeError.
+_MEMORY = (
+    "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory",
+    "_status_alloc_failed", "bad_alloc",
+)  # fmt: skip
 _LESS = {
     "load": "use memory=stream, or model.dtype=bfloat16",
     "calibrate": "lower calibration.batch_size, or use memory=stream",
@@ -45,13 +49,20 @@ def in_words(error: Exception, folder: Path, stage: str = "") -> str | None:
             "was finished is kept. Or give another folder with hydra.sweep.dir=<folder> (of a single run: "
             "hydra.run.dir=<folder>)."
         )
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says_memory(error):
+    if is_out_of_memory(error):
         way_out = _LESS.get(stage, "lower eval.batch_size and calibration.batch_size, or use memory=stream")
         return (
             f"there is not enough memory{f' to {stage}' if stage else ''} ({_first(error)}): {way_out}; the "
             "same command with that continues or begins again."
         )
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, of a GPU or of the machine, ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY)
 
 
 def check_writable(folder: Path) -> None:
@@ -90,10 +101,6 @@ def _concerns(error: Exception, folder: Path) -> bool:
     """Whether the file that was refused lies in the folder; where none is named it does."""
     name = getattr(error, "filename", None)
     return name is None or Path(str(name)).absolute().is_relative_to(folder.absolute())
-
-
-def _says_memory(error: Exception) -> bool:
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY)
 
 
 def _first(error: Exception) -> str:

@@ -254,6 +254,8 @@ def generate(args: argparse.Namespace, console: Console) -> None:
     overrides, quantized = all_overrides(args)
     plan = compose_plan(overrides, stored=not quantized)
     prompt = read_prompt(args.prompt)
+    if how := plan.config.sampler_config().approximations:
+        print(f"dllmq.generate: approximate decoding: {how}", file=sys.stderr)
     if plan.config.threads is not None:
         torch.set_num_threads(plan.config.threads)
     runner = load(plan, prompt)

@@ -87,10 +87,18 @@ def test_keys_without_effect_are_told_beside_the_answer(
 ) -> None:
     pointless = ["seed=1", "sampler.threshold=1.5", "eval.limit=3"]
     assert program.main([PROMPT, "--model", str(folder), *SAMPLER, *pointless]) == 0
-    told = [line.split(": ")[:3] for line in capsys.readouterr().err.splitlines()]
+    told = [line.split(": ")[:3] for line in capsys.readouterr().err.splitlines() if "no effect" in line]
     assert told == [
         ["dllmq.generate", "no effect", key] for key in ("seed", "eval.limit", "sampler.threshold")
     ]
+
+
+@pytest.mark.parametrize("word", ["cache=dual", "threshold=0.9"])
+def test_approximate_decoding_is_told_beside_the_answer(
+    folder: Path, capsys: pytest.CaptureFixture[str], word: str
+) -> None:
+    assert program.main([PROMPT, "--model", str(folder), *SAMPLER, f"sampler.{word}"]) == 0
+    assert f"dllmq.generate: approximate decoding: {word}\n" in capsys.readouterr().err
 
 
 def test_trace_has_a_line_per_step(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

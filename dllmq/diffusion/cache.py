@@ -15,7 +15,9 @@ Semantics are Fast-dLLM's (arXiv 2505.22618, `generate_with_prefix_cache`, `gene
 
 Differences: rows are batched, with pads on the left hidden as keys; a block of one step is allowed
 (Fast-dLLM: IndexError); a block ends with the last of its steps (Fast-dLLM goes on while the model predicts
-mask ids, and past the end of its schedule).
+mask ids, and past the end of its schedule). A block without masks gets no forward: Fast-dLLM makes one more
+after every full pass, also where that has completed the block (every mask at or above the threshold), which
+commits nothing. Tokens are the same; its `nfe` is higher than our forwards by one for each such block.
 
 Legend: as in sampler.py; P prompt columns, n columns of a block.
 """

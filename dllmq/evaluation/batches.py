@@ -13,7 +13,8 @@ The size is a number, or `auto`: the largest power of two, 64 at most, whose can
 take a quarter of the device's memory (of all of it in whole GiB, not of what is free just now: the same
 requests on the same machine give the same size). When memory runs out all the same, the size is halved for
 the batch it ran out in and those after it. As the longest canvases come first, that settles it in the first
-batch as a rule.
+batch as a rule. Greedy answers do not change but for rounding; where noise is drawn (temperature > 0) it is
+drawn for a whole batch, so smaller batches give other samples: that is warned about and noted in the record.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 
+from dllmq.faults import is_out_of_memory
 from dllmq.models.memory import rounded, total_memory
 
 log = logging.getLogger(__name__)
@@ -35,12 +37,6 @@ SHARE = 0.25  # of the device's memory that `auto` lets the activations take
 # Vectors of the model's width that a block holds at once per token, in float32: residual, norm, Q, K, V and
 # their rotated copies, and an MLP five times as wide.
 VECTORS = 28
-_NO_MEMORY = (
-    "can't allocate memory",
-    "not enough memory",
-    "CUDA out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
 
 
 @dataclass(frozen=True)
@@ -64,11 +60,14 @@ class Batches:
         prompts: tokens of each.
         gen_length: columns behind every prompt.
         size: rows of a batch at most.
+
+    Attributes:
+        size: of the batches from the last one on; first_size: as given.
     """
 
     def __init__(self, prompts: Sequence[list[int]], gen_length: int, size: int) -> None:
         self.prompts, self.gen_length, self.size = prompts, gen_length, size
-        self._first_size = size
+        self.first_size = size
         self._order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i], i))
         self._left, self._failed = self._order, False
         self._plan: dict[int, int] | None = None  # to begin with again
@@ -86,7 +85,7 @@ class Batches:
                 continue
             if self._plan is not None:
                 self._left, index, planned, self._plan = self._order, 0, self._plan, None
-                self.size = self._first_size
+                self.size = self.first_size
                 continue
             self._left, index = self._left[sizes[0] :], index + 1
 
@@ -133,13 +132,6 @@ def prompt_columns(lengths: Sequence[int], gen_length: int, device: torch.device
     if device.type != "cuda" or min(lengths) == longest:
         return longest
     return -(-(longest + gen_length) // BUCKET) * BUCKET - gen_length
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory, of a GPU or of the machine, ran out."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def halved(rows: int, error: BaseException, what: str) -> int:

@@ -63,6 +63,7 @@ class Counters:
         generated_tokens: tokens of the answers as returned, so after every cut.
         truncated: answers that filled gen_length without EOS, EoT or a stop string.
         batch_size: prompts denoised together at most, as settled in the end; 0 where nothing was generated.
+        halved_from: that size at first, where memory ran out and noise is drawn batch by batch; else 0.
     """
 
     requests: int = 0
@@ -72,6 +73,7 @@ class Counters:
     generated_tokens: int = 0
     truncated: int = 0
     batch_size: int = 0
+    halved_from: int = 0
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,7 @@ class DiffusionLM(LM):
             for i, tokens in zip(batch.rows, generated, strict=True):
                 answers[i] = self._finish(tokens, requests[i])
         self.counters.batch_size = batches.size
+        self._tell_of_other_noise(batches, requests)
         return answers
 
     def prompts(self, requests: list[Instance]) -> list[list[int]]:
@@ -331,6 +334,17 @@ class DiffusionLM(LM):
             log.warning(
                 "The task asks for sampling, but the sampler is greedy (temperature=0): it stays greedy."
             )
+
+    def _tell_of_other_noise(self, batches: Batches, requests: list[Instance]) -> None:
+        """Noise is drawn for a whole batch, so answers of smaller ones are other draws, equally good."""
+        if batches.size == batches.first_size or self.settings.sampler.deterministic:
+            return
+        self.counters.halved_from = batches.first_size
+        log.warning(
+            "%s: memory ran out, so batches have %d prompts instead of %d and other noise: with more memory "
+            "the same settings draw other answers",
+            requests[0].task_name, batches.size, batches.first_size,
+        )  # fmt: skip
 
     def _check_length(self, request: Instance, prompt: int, rest: int, name: str) -> None:
         limit = self.max_length

@@ -54,8 +54,9 @@ class Arguments:
         pretrained: checkpoint folder or hub id.
         device: auto (CUDA where there is one) | cpu | cuda | cuda:<n>.
         dtype: auto and bfloat16 (as published results) | float32.
-        batch_size: prompts denoised together; auto: max_batch_size, or 16 without it (nothing is probed: a
-            batch's size is part of a result's identity). lm-eval's own default is 1.
+        batch_size: prompts denoised together; auto: max_batch_size, or without it by the device's memory and
+            the longest prompt, as eval.batch_size=auto (nothing is probed: a batch's size is part of a
+            result's identity). lm-eval's own default is 1.
         gen_length, steps, block_length: of the sampler; steps and block_length: gen_length.
         temperature, cfg_scale, remasking, alg_temp, top_p, top_k, eps, logits_eos_inf,
             confidence_eos_eot_inf, cache and threshold: of dllmq.diffusion.SamplerConfig. remasking:
@@ -116,15 +117,15 @@ class Arguments:
             raise ValueError("model_args: pretrained=<checkpoint folder or hub id> is needed.")
         return cls(**values)
 
-    def batch(self) -> int:
-        """Prompts denoised together."""
+    def batch(self) -> int | str:
+        """Prompts denoised together, or auto (batches.py)."""
         if isinstance(self.batch_size, int):
             return self.batch_size
         if self.batch_size.isdigit():
             return int(self.batch_size)
         if self.batch_size.partition(":")[0] != "auto":
             raise ValueError(f"batch_size={self.batch_size} is not known; it is an integer >= 1, or auto.")
-        return self.max_batch_size or 16
+        return self.max_batch_size or "auto"
 
     def settings(self, model_config: Any) -> EvalSettings:
         """How requests are answered by a model with this config; checked against it."""

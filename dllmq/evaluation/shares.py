@@ -38,7 +38,7 @@ from dllmq.evaluation.answers import (
     batch_name,
     batch_of,
 )
-from dllmq.evaluation.batches import is_out_of_memory
+from dllmq.faults import is_out_of_memory
 
 log = logging.getLogger(__name__)
 _BLANKS: dict[str, Any] = {"generate_until": [], "loglikelihood": 0.0, "greedy": False}

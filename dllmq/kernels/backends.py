@@ -25,7 +25,7 @@ from dllmq.kernels import cpu_int4, cpu_int8, cpu_onednn, cpu_weight_only
 from dllmq.kernels.cpu_inputs import segment
 from dllmq.numerics import Grid, QuantizedTensor
 
-PAYS = 64  # columns of a segment, in fp32: scaling a shorter one costs more than int8 saves
+PAYS = 64  # columns of a segment, in fp32: scaling a shorter one is taken to cost more than int8 saves
 
 
 @runtime_checkable
@@ -88,11 +88,13 @@ def find_backend(
 
 
 def pays(device: str, weight: Grid, inputs: Grid | None, I: int, dtype: torch.dtype) -> bool:
-    """Whether an integer product is faster than the one of dequantized values.
+    """Whether `auto` takes an integer product in place of the one of dequantized values.
 
-    On CPU with instructions for it: always with one scale per token and output channel (1.5 to 2 times as
-    fast as bf16, 5 times as fp32); with groups against fp32 only. With full-precision inputs never: packed
-    codes save memory, not time.
+    A rule, no measurement of this machine. On CPU with instructions for it: always with one scale per token
+    and output channel (1.5 times as fast as bf16 and more, at LLaDA-8B's shapes and all batches that
+    experiments/speed has; fp32 was not measured); with groups against fp32 only, in segments of `PAYS`
+    columns and more (not measured there either). On CUDA always (nothing has been run on one). With
+    full-precision inputs never: packed codes save memory, not time.
     """
     if inputs is None or device != "cpu":
         return inputs is not None

@@ -34,6 +34,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllmq.diffusion.predict import States, WholeStates, states_of
+from dllmq.faults import is_out_of_memory
 from dllmq.models.kv import KVCache
 from dllmq.models.recorded import (
     ROWS,
@@ -195,9 +196,9 @@ class GraphedModel:
             self._recorded.popitem(last=False)
         try:
             self._recorded[key] = make()
-        except torch.OutOfMemoryError:
-            raise  # the batch is halved, as without graphs
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise  # the batch is halved, as without graphs
             self._failed = True
             first = str(error).partition("\n")[0]
             log.warning("forwards cannot be recorded as CUDA graphs, they run kernel by kernel: %s", first)

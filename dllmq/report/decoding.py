@@ -3,6 +3,7 @@
 twin        of a group decoded with a cache or a threshold: the group that differs in these two only, or for
             full precision the sweep's reference
 forwards    per answer, as if it had been decoded alone; a cached forward, over a slice of the canvas, is one
+            (not Fast-dLLM's nfe, which counts more: diffusion/cache.py)
 positions   per answer: token positions that all forwards computed, pads of the batch included
 """
 

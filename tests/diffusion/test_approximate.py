@@ -84,15 +84,19 @@ def transfer(logits: Tensor, masked: Tensor, k: int, threshold: float | None) ->
     return {j: int(x0[j]) for n, j in enumerate(order) if n == 0 or p[j] >= threshold}
 
 
-def fast_dllm(model: LLaDA, prompt: Tensor, c: SamplerConfig) -> tuple[Tensor, int]:
-    """Tokens and forwards of one row."""
+def fast_dllm(model: LLaDA, prompt: Tensor, c: SamplerConfig) -> tuple[Tensor, int, int]:
+    """Tokens of one row, the forwards, and how many of these found no mask in their block.
+
+    With a cache the full pass over a block is followed by one forward at least.
+    """
     x = torch.cat([prompt, torch.full((c.gen_length,), MASK)])
-    L, nfe = len(x), 0
+    L, nfe, idle = len(x), 0, 0
     for block in range(c.num_blocks):
         start = len(prompt) + block * c.block_length
         end, past, i = start + c.block_length, None, 0
         n = int((x[start:end] == MASK).sum())
-        while i == 0 or bool((x[start:end] == MASK).any()):
+        while i == 0 or (i == 1 and c.cache != "none") or bool((x[start:end] == MASK).any()):
+            idle += not bool((x[start:end] == MASK).any())
             first = 0 if i == 0 or c.cache == "none" else start
             stop = end if i and c.cache == "dual" else L
             logits, kept = forward(model, x[first:stop], first, past, L)
@@ -105,7 +109,7 @@ def fast_dllm(model: LLaDA, prompt: Tensor, c: SamplerConfig) -> tuple[Tensor, i
             for j, token in transfer(logits, masked, k, c.threshold).items():
                 x[first + j] = token
             nfe, i = nfe + 1, i + 1
-    return x, nfe
+    return x, nfe, idle
 
 
 # Equality -----------------------------------------------------------------------------------------
@@ -149,12 +153,21 @@ def test_a_padded_batch_gives_the_rows_of_the_published_loop(
     rows, ids, mask = padded()
     expected = [fast_dllm(MODEL, row, config) for row in rows]
     tokens, taken, calls = row_steps(MODEL, ids, config, mask)
-    for row, (wanted, nfe) in zip(range(len(rows)), expected, strict=True):
+    for row, (wanted, nfe, idle) in zip(range(len(rows)), expected, strict=True):
         assert torch.equal(tokens[row, ids.shape[1] - len(rows[row]) :], wanted)
-        assert taken[row] == nfe
+        assert taken[row] == nfe - idle
     assert max(taken) <= calls <= config.num_steps
     found = generate(MODEL, ids, config, mask)
     assert torch.equal(found.tokens, tokens) and found.forwards == calls
+
+
+@pytest.mark.parametrize(("cache", "theirs"), [("none", 3), ("prefix", 6), ("dual", 6)])
+def test_no_forward_is_made_for_a_block_without_masks(cache: str, theirs: int) -> None:
+    """Fast-dLLM makes one, with a cache, where the full pass has completed the block; it commits nothing."""
+    prompt, config = tiny_prompts((6,))[0], SamplerConfig(12, 12, 4, cache=cache, threshold=0.0)
+    tokens, nfe, idle = fast_dllm(MODEL, prompt, config)
+    found = generate(MODEL, prompt[None], config)
+    assert (nfe, nfe - idle, found.forwards) == (theirs, 3, 3) and torch.equal(found.tokens[0], tokens)
 
 
 def test_the_cases_above_are_different_ones() -> None:

@@ -3,6 +3,7 @@
 import logging
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from dllmq.diffusion import SamplerConfig
 from dllmq.evaluation import batches
-from dllmq.evaluation.batches import Batches, cut, is_out_of_memory, prompt_columns, settle
+from dllmq.evaluation.batches import Batches, cut, prompt_columns, settle
 from dllmq.evaluation.harness import DiffusionLM
 from dllmq.evaluation.settings import EvalSettings
+from dllmq.faults import in_words, is_out_of_memory
 from dllmq.mini.tasks import problems
 from dllmq.models.memory import rounded
 
@@ -78,11 +80,36 @@ def test_padded_canvases_of_a_gpu_have_few_widths(lengths: list[int], gen_length
 # --- memory
 
 
+SHORT_OF_MEMORY = [
+    "CUDA out of memory. Tried to allocate 2.00 GiB",
+    "CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.",
+    "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "std::bad_alloc",
+    str(CPU_ERROR),
+]
+
+
+@pytest.mark.parametrize("message", SHORT_OF_MEMORY)
+def test_memory_that_ran_out_is_known_by_its_message(message: str) -> None:
+    """It halves the batch, and is told as a lack of memory where nothing can be halved."""
+    error, queue = RuntimeError(message), Batches([[1], [1]], 8, 2)
+    next(iter(queue))
+    queue.halve(error)
+    assert queue.size == 1
+    assert str(in_words(error, Path(), "load")).startswith("there is not enough memory to load")
+
+
 def test_what_counts_as_running_out_of_memory() -> None:
-    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried ..."), CPU_ERROR):
-        assert is_out_of_memory(error)
+    assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError("CUDA ..."))
     for error in (
         RuntimeError("shape mismatch"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"),
+        RuntimeError("out of resource: shared memory, Required: 270336, Hardware limit: 232448"),
         ValueError("out of memory"),
         KeyError("CUDA out of memory"),
     ):
@@ -208,6 +235,21 @@ def test_a_settled_size_repeats_noise(model, tokenizer) -> None:
     order = random.Random(1).sample(range(7), 7)
     straight = narrow.generate_until(requests(7))
     assert wide.generate_until([requests(7)[i] for i in order]) == [straight[i] for i in order]
+
+
+@pytest.mark.parametrize(("temperature", "halved_from"), [(0.0, 0), (1.0, 4)])
+def test_samples_of_halved_batches_are_told_of(model, tokenizer, caplog, temperature, halved_from) -> None:
+    """Greedy answers do not hang on the batch, but for rounding."""
+    sampler = SamplerConfig(gen_length=8, steps=4, block_length=8, temperature=temperature)
+    for fitting in (2, 4):
+        lm = DiffusionLM(Narrow(model, fitting), tokenizer, EvalSettings(sampler, batch_size=4))
+        lm.generate_until(requests(7))
+        assert lm.counters.halved_from == (halved_from if fitting == 2 else 0)
+    told = (
+        "task: memory ran out, so batches have 2 prompts instead of 4 and other noise: with more memory the "
+    )
+    told += "same settings draw other answers"
+    assert [m for m in caplog.messages if "noise" in m] == ([told] if temperature else [])
 
 
 def test_a_row_that_does_not_fit_is_one_sentence(model, tokenizer) -> None:

@@ -111,12 +111,14 @@ def test_lm_evals_options_give_way_to_model_args(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("batch_size", "max_batch_size", "expected"),
-    [(3, 9, 3), ("5", 9, 5), ("auto", None, 16), ("auto:4", 9, 9)],
+    [(3, 9, 3), ("5", 9, 5), ("auto", None, "auto"), ("auto:4", 9, 9)],
 )
-def test_automatic_batches_have_a_fixed_size(
-    batch_size: int | str, max_batch_size: int | None, expected: int
+def test_automatic_batches_are_those_of_a_run(
+    folder: Path, batch_size: int | str, max_batch_size: int | None, expected: int | str
 ) -> None:
-    assert Arguments("x", batch_size=batch_size, max_batch_size=max_batch_size).batch() == expected
+    """By memory, unless lm-eval's own option says how many."""
+    given = Arguments("x", gen_length=16, batch_size=batch_size, max_batch_size=max_batch_size)
+    assert given.settings(load_model(folder).config).batch_size == expected
 
 
 @pytest.mark.parametrize(("mc_num", "strata"), [(128, 8), (1, 1), (6, 2), (12, 4)])

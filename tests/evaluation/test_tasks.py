@@ -213,7 +213,7 @@ def test_result_has_the_promised_form(result: EvalResult) -> None:
             assert score["stderr"] == pytest.approx(math.sqrt(spread / 4))
     assert set(result.counters["mini_gsm"]) == {
         "requests", "forwards", "positions", "answer_forwards", "generated_tokens", "truncated",
-        "batch_size", "seconds",
+        "batch_size", "halved_from", "seconds",
     }  # fmt: skip
     assert result.counters["mini_gsm"]["forwards"] == 16
     assert result.counters["mini_choice"]["requests"] == 16

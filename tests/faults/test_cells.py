@@ -320,14 +320,25 @@ def test_too_little_memory_is_one_sentence(
 
 
 @SLOW
+@pytest.mark.parametrize(
+    ("temperature", "note"), [(0, None), (1, {"mini_gsm": "2 -> 1"})], ids=["greedy", "sampled"]
+)
 def test_a_batch_that_does_not_fit_is_halved_and_the_run_goes_on(
-    tmp_path: Path, cell: Callable[..., Cell], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    cell: Callable[..., Cell],
+    caplog: pytest.LogCaptureFixture,
+    temperature: float,
+    note: dict[str, str] | None,
 ) -> None:
+    """Where noise is drawn the record says so: it is drawn for a whole batch."""
+
     def fail() -> None:
         raise MemoryError
 
-    record = cell(tmp_path, tell=at("mini_gsm: denoising steps", 4, fail)).run()
+    sampled = (f"sampler.temperature={temperature}", "eval.fidelity_states=0")
+    record = cell(tmp_path, *sampled, tell=at("mini_gsm: denoising steps", 4, fail, times=2)).run()
     assert "out of memory with" in caplog.text and record.status == "finished"
+    assert record.notes.get("sampled in halved batches") == note
 
 
 def test_an_error_of_the_programs_own_is_not_blamed_on_the_machine(

@@ -111,7 +111,7 @@ MORE_BASES: list[Words] = [
     *([f"tasks={name}", CODE] for name in ("mini_code", "mini_all", "paper")),
     *([f"tasks={name}", CODE] for name in MAKE),
     *([f"sampler={name}"] for name in ("default", "llada_paper", "llada_semi_ar", "fast_dllm")),
-    *([f"experiment={name}"] for name in ("ablation", "bitwidth", "decoding", "granularity")),
+    *([f"experiment={name}"] for name in ("ablation", "backends", "bitwidth", "decoding", "granularity")),
     ["model=mini", "model.path=EMBEDDED", "calibration=default"],
     ["model=mini", "model.name=mine"],
 ]

@@ -148,10 +148,13 @@ def test_a_failed_recording_is_said_once_and_nothing_else_changes(caplog: pytest
     ]
 
 
-def test_running_out_of_memory_is_not_a_failed_recording() -> None:
-    wrapped = GraphedModel(llada(), FakeCapture(torch.OutOfMemoryError("CUDA out of memory")))
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA driver error: out of memory")]
+)
+def test_running_out_of_memory_is_not_a_failed_recording(error: RuntimeError) -> None:
+    wrapped = GraphedModel(llada(), FakeCapture(error))
     wrapped.hidden_states(ids(2))
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RuntimeError, match="out of memory"):
         wrapped.hidden_states(ids(2))
 
 
