@@ -32,6 +32,18 @@ def row(kind: str, I: int, bits: int) -> Tensor:
     }[kind]
 
 
+def sparse_rows(I: int) -> Tensor:
+    """Tokens whose codes mostly lie at one end of an asymmetric grid: products of codes are large and cancel.
+
+    All zero, zeros in front of small values, every other one zero, a spike of either sign among zeros and
+    among small values.
+    """
+    x = torch.randn(7, I) * 0.01
+    x[0], x[1, : I // 32], x[2, ::2], x[3:5] = 0, 0, 0, 0
+    x[3:, I // 3] = torch.tensor([1000.0, -1000.0, 3.0, -3.0])
+    return x
+
+
 def rows(I: int, bits: int) -> Tensor:
     """One of each kind."""
     return torch.stack([row(kind, I, bits) for kind in KINDS])

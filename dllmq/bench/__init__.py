@@ -4,7 +4,7 @@
     rows        what one comparison leaves behind, and the results.json they are kept in
     shapes      the models that are measured; reference_loop, textbook_gptq: what they are compared with
     generate, quantize, linear, evaluate, memory    the sections (sections.py: by name, and how one is run)
-    table, figure, study    what is made of results.json
+    table, figure, page, study    what is made of results.json
 
 Nothing here needs hydra; lm-eval only for the section `evaluate`, matplotlib only for figures.
 """

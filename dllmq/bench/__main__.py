@@ -4,10 +4,11 @@
     python -m dllmq.bench --quick                 the same at toy sizes, in seconds: does everything run?
     python -m dllmq.bench linear quantize         some sections: generate quantize linear evaluate memory
     python -m dllmq.bench generate --shape llada_1b_shape --repeats 5 --out outputs/speed
-    python -m dllmq.bench --report outputs/speed  its tables, figures and page again; nothing is measured
+    python -m dllmq.bench --report outputs/speed  its tables, figures and pages again; nothing is measured
 
-Baseline and ours run interleaved in the same process; a ratio above 1 is faster, or smaller. Exit code 1
-where outputs that must be equal are not.
+Baseline and ours run interleaved in the same process; a ratio above 1 is faster, or smaller. Results, tables,
+figures and report.html go to outputs/bench, or to --out. Exit code 1 where outputs that must be equal are
+not.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dllmq.bench.rows import RESULTS, Section, read_sections, to_plain, write_section
+from dllmq.bench.rows import RESULTS, Section, check_folder, read_sections, to_plain
 from dllmq.bench.sections import SECTIONS, SHAPELESS, run_section
-from dllmq.bench.shapes import DTYPES, SHAPES, Setup, check_room, default_dtype
+from dllmq.bench.shapes import DTYPES, SHAPES, Setup, check_room, default_dtype, device_of
 from dllmq.bench.study import write_study, write_tables
 from dllmq.bench.table import LEGEND, amount, cells, machine_line, remarks, title
+
+OUT = Path("outputs/bench")
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -44,9 +47,14 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1 ...")
     add("--dtype", default="auto", help="auto (mini: float32, others: bfloat16), float32, bfloat16")
     add("--threads", type=int, help="CPU threads (torch's own choice)")
-    add("--out", type=Path, help="folder for results.json, table.md, figures; adds to what it has")
+    add(
+        "--out",
+        type=Path,
+        default=OUT,
+        help=f"folder for results and report.html ({OUT}); adds to what it has",
+    )
     add("--json", action="store_true", help="print JSON instead of tables")
-    add("--quick", action="store_true", help="toy sizes: seconds, and no measurement")
+    add("--quick", action="store_true", help="toy sizes: a trial of the program, and no measurement")
     add("--report", type=Path, metavar="FOLDER", help="write a folder's tables and page again")
     args = parser.parse_args(argv)
     args.command = " ".join(["python -m dllmq.bench", *map(shlex.quote, argv)])
@@ -62,7 +70,7 @@ def setups(args: argparse.Namespace) -> list[tuple[str, Setup]]:
     for name in args.sections:
         if name not in SECTIONS:
             raise ValueError(f"unknown section {name!r}: use {', '.join(SECTIONS)}, or none for all.")
-    shapes = [shape for shape in args.shape.split(",") if shape]
+    shapes = args.shape.split(",")
     for shape in shapes:
         if shape not in SHAPES:
             raise ValueError(f"unknown --shape {shape!r}: use {', '.join(SHAPES)}.")
@@ -91,25 +99,6 @@ def shapes_of(section: str, shapes: list[str]) -> list[str]:
     if section in SHAPELESS:
         return shapes[:1]
     return ["mini"] if section == "evaluate" and "mini" in shapes else shapes
-
-
-def device_of(text: str) -> torch.device:
-    """The device that --device names.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind = text.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"unknown --device {text!r}: use auto, cpu, cuda or cuda:<index>.")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {text}: torch sees no CUDA device here; use --device cpu.")
-    try:
-        return torch.device(text)
-    except RuntimeError:
-        raise ValueError(f"unknown --device {text!r}: use auto, cpu, cuda or cuda:<index>.") from None
 
 
 def draw(console: Console, section: Section) -> None:
@@ -142,6 +131,7 @@ def run(args: argparse.Namespace, console: Console, errors: Console) -> int:
         console.print(write_study(args.report), markup=False, highlight=False, soft_wrap=True)
         return int(any(section.unequal for section in read_sections(args.report / RESULTS)))
     plan = setups(args)
+    check_folder(args.out)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
 
@@ -149,17 +139,20 @@ def run(args: argparse.Namespace, console: Console, errors: Console) -> int:
         if errors.is_terminal:
             errors.print(line, markup=False, highlight=False, style="dim")
 
-    sections = [run_section(name, setup, args.command, args.out, log) for name, setup in plan]
+    sections: list[Section] = []
+    try:
+        for name, setup in plan:
+            sections.append(run_section(name, setup, args.command, args.out, log))
+    finally:  # also of what was stopped
+        made = write_tables(args.out)
     if args.json:
         print(json.dumps(to_plain(sections), indent=1))
     else:
         for section in sections:
             draw(console, section)
         console.print(LEGEND.replace("*", ""), markup=False, highlight=False, style="dim")
-    if args.out is not None:
-        for section in sections:
-            write_section(args.out / RESULTS, section)
-        write_tables(args.out)
+    where = f"In {args.out}: {', '.join(made)}."
+    (errors if args.json else console).print(where, markup=False, highlight=False, soft_wrap=True)
     return int(any(section.unequal for section in sections))
 
 
@@ -169,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         return run(args, Console(), Console(stderr=True))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"dllmq.bench: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

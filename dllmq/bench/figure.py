@@ -5,25 +5,38 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dllmq.bench.rows import Row, Section
+from dllmq.bench.table import mark
+
+if TYPE_CHECKING:
+    from dllmq.report.plot_style import Drawing
+
+CAPTION = (
+    "Baseline / ours: a point for the median of the rounds, a bar from the lowest to the highest. "
+    "Hollow: approximate."
+)
 
 
 def write_figures(sections: Sequence[Section], folder: Path) -> list[Path]:
-    """One PNG a section, <section>-<shape>.png; sections without a ratio have none."""
+    """One PNG a section, <section>-<shape>-<device>.png; sections without a ratio have none."""
+    from dllmq.report.figures import write_png
+
+    return [write_png(made, folder) for section in sections if (made := drawing(section)) is not None]
+
+
+def drawing(section: Section) -> Drawing | None:
+    """The section's figure, None where it has no ratio; needs matplotlib."""
     import matplotlib
 
-    from dllmq.report.figures import write_png
     from dllmq.report.plot_style import RC, Drawing
 
-    made = []
-    for section in sections:
-        rows = [row for row in section.rows if row.ratio is not None]
-        if rows:
-            with matplotlib.rc_context(RC):
-                figure = _draw(rows, section)
-            made.append(write_png(Drawing(name_of(section), section.section, figure, "cost"), folder))
-    return made
+    rows = [row for row in section.rows if row.ratio is not None]
+    if not rows:
+        return None
+    with matplotlib.rc_context(RC):
+        return Drawing(name_of(section), CAPTION, _draw(rows, section), "cost")
 
 
 def name_of(section: Section) -> str:
@@ -63,7 +76,8 @@ def _draw(rows: Sequence[Row], section: Section):  # matplotlib is imported late
     axis.set_ylim(len(rows) - 0.5, -0.5)
     unit = "smaller" if rows[0].unit == "B" else "faster"
     axis.set_xlabel(f"baseline / ours (above 1 is {unit})")
-    axis.set_title(f"{section.section}, {section.shape}")
+    why = mark(section)
+    axis.set_title(f"{section.section}, {section.shape}" + (f"\n{why}" if why else ""))
     return figure
 
 

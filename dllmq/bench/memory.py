@@ -25,8 +25,8 @@ from dllmq.bench.rows import Row, Sheet
 from dllmq.bench.shapes import DTYPES, Setup, build, check_room, work
 from dllmq.pipeline import weight_bytes
 
-FORMATS = ("w8a8", "w4a8", "w4a8 compact", "w4a4", "w4a16", "w4a16 compact")
-TARGET = "w4a8"  # first on a GPU, where time may run out (experiments/speed/gpu.py)
+FORMATS = ("w8a8", "w4a8", "w4a8 compact", "w4a4", "w4a4 compact", "w4a16", "w4a16 compact")
+TARGETS = ("w4a8", "w4a4")  # first on a GPU, where time may run out (experiments/speed/gpu.py)
 COMPACT = " compact"  # codes at their width alone; what a product needs of them is made anew each time
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -37,7 +37,7 @@ def measure(setup: Setup, sheet: Sheet) -> None:
     # a GPU's allocator starts over in this process, the resident set of a process does not
     own = measured if setup.device.type == "cuda" else in_process
     full = own(setup, setup.dtype_name)
-    wanted = sorted(FORMATS, key=lambda name: name != TARGET) if setup.device.type == "cuda" else FORMATS
+    wanted = sorted(FORMATS, key=lambda name: name not in TARGETS) if setup.device.type == "cuda" else FORMATS
     for name in FORMATS[:1] if setup.quick else wanted:
         add_rows(sheet, (setup.dtype_name, name), full, own(setup, name))
 

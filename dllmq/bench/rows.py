@@ -1,14 +1,18 @@
 """What a comparison leaves behind (Row), and results.json: the sections with their machine and command.
 
-    {"format": 1, "sections": [{section, shape, quick, command, date, machine, rows, left_out}, ...]}
+    {"format": 1, "sections": [{section, shape, quick, command, date, machine, rows, left_out, finished},
+                               ...]}
 
-A section is identified by its name, shape and device: measured again into the same file, it replaces itself
-and leaves the others alone, so a long measurement can be made in parts.
+A section is identified by its name, shape and device, and by whether it is a trial: measured again into the
+same file, it replaces itself and leaves the others alone, so a long measurement can be made in parts. It is
+written after every row; `finished` is false until the last one is there.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -98,7 +102,15 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Section:
-    """One section as it lies in results.json; `machine` as in machine.py."""
+    """One section as it lies in results.json.
+
+    Attributes:
+        quick: toy sizes: a trial of the program, and no measurement.
+        machine: as in machine.py.
+        left_out: sentences on what is not measured, and why.
+        finished: whether it came to its end; false: it was stopped (killed, out of time, failed) after these
+            rows, and others are missing.
+    """
 
     section: str
     shape: str
@@ -108,10 +120,12 @@ class Section:
     machine: dict[str, Any]
     rows: tuple[Row, ...]
     left_out: tuple[str, ...] = ()
+    finished: bool = True
 
     @property
-    def identity(self) -> tuple[str, str, str]:
-        return self.section, self.shape, str(self.machine.get("device"))
+    def identity(self) -> tuple[str, ...]:
+        quick = ("quick",) if self.quick else ()
+        return self.section, self.shape, str(self.machine.get("device")), *quick
 
     @property
     def unequal(self) -> list[Row]:
@@ -141,7 +155,34 @@ def _section(entry: dict[str, Any]) -> Section:
     if unknown:
         raise KeyError(*sorted(unknown))
     rows = tuple(Row(**row) for row in entry["rows"])
-    return Section(**entry | {"rows": rows, "left_out": tuple(entry["left_out"])})
+    finished = entry.get("finished", _is_even(rows))
+    return Section(**entry | {"rows": rows, "left_out": tuple(entry["left_out"]), "finished": finished})
+
+
+def _is_even(rows: tuple[Row, ...]) -> bool:
+    """Whether every comparison was made at as many sizes, as in a section that came to its end.
+
+    It decides of files from before `finished` was recorded; rows that nobody can miss are not found missing.
+    """
+    return len(set(Counter(row.key for row in rows).values())) <= 1
+
+
+def check_folder(folder: Path) -> None:
+    """Makes a folder for results and sees that files can be written there, before anything is measured.
+
+    Raises:
+        ValueError: it cannot be written, or its results.json is another program's.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        raise ValueError(
+            f"results cannot be written to {folder} ({why}): give a folder that can be, --out FOLDER."
+        ) from None
+    read_sections(folder / RESULTS)
 
 
 def write_section(file: Path, section: Section) -> list[Section]:

@@ -19,27 +19,33 @@ SECTIONS: dict[str, Callable[[Setup, Sheet], None]] = {
     "memory": memory.measure,
 }
 SHAPELESS = {"linear": "linears of LLaDA-8B", "quantize": "matrices of LLaDA-8B"}  # sizes of their own
+TOYS = "toy sizes"  # theirs with --quick
 
 
-def run_section(
-    name: str, setup: Setup, command: str, out: Path | None, log: Callable[[str], None]
-) -> Section:
-    """Measures a section; results.json is written after every row, so that what is measured stays."""
+def run_section(name: str, setup: Setup, command: str, out: Path, log: Callable[[str], None]) -> Section:
+    """Measures a section into a folder.
 
-    def section(sheet: Sheet) -> Section:
-        shape = SHAPELESS.get(name, f"{setup.shape} {setup.dtype_name}")
+    results.json is written after every row, so that what is measured stays, and again after the last one:
+    only then does the section say that it is finished.
+    """
+
+    def section(sheet: Sheet, finished: bool) -> Section:
+        shape = f"{setup.shape} {setup.dtype_name}"
+        if name in SHAPELESS:
+            shape = TOYS if setup.quick else SHAPELESS[name]
         date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         rows, left_out = tuple(sheet.rows), tuple(sheet.left_out)
         about = machine.describe(setup.device)
-        return Section(name, shape, setup.quick, command, date, about, rows, left_out)
+        return Section(name, shape, setup.quick, command, date, about, rows, left_out, finished)
 
     def changed(sheet: Sheet) -> None:
-        if out is not None:
-            write_section(out / RESULTS, section(sheet))
+        write_section(out / RESULTS, section(sheet, finished=False))
         if sheet.rows:
             log(" | ".join(cells(sheet.rows[-1])[:6]))
 
     sheet = Sheet(changed)
     log(f"{name}, {setup.shape} ...")
     SECTIONS[name](setup, sheet)
-    return section(sheet)
+    done = section(sheet, finished=True)
+    write_section(out / RESULTS, done)
+    return done

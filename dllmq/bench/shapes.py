@@ -177,3 +177,25 @@ def _problems(count: int) -> list[list[int]]:
     tokenizer = load_tokenizer(EMBEDDED)
     texts = [f"Question: {doc['question']}\nAnswer:" for doc in problems("mini_gsm", "dev", count)]
     return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+
+
+def device_of(text: str) -> torch.device:
+    """The device that --device names.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if text == "cpu":
+        return torch.device("cpu")
+    kind, colon, index = text.partition(":")
+    if kind != "cuda" or (colon and not (index.isascii() and index.isdigit())):
+        raise ValueError(f"unknown --device {text!r}: use auto, cpu, cuda or cuda:<index>.")
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device {text}: torch sees no CUDA device here; use --device cpu.")
+    if colon and int(index) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {text}: torch sees {torch.cuda.device_count()} CUDA device(s) here, counted from 0."
+        )
+    return torch.device(text)

@@ -12,6 +12,9 @@ LEGEND = (
     "Above 1, ours is faster, or smaller. *equal* says whether outputs are as equal as they must be; a "
     "percentage is the share of tokens, answers or codes that are equal."
 )
+TRIAL = "a trial of the program, no measurement"
+TOYS = "Toy sizes: these numbers show that the program runs, and measure nothing."
+STOPPED = "This section was stopped before its end: rows that would come after these are missing."
 REMARKS = {
     "generate": (
         "Equal tokens are claimed in float32. In bfloat16 many confidences are equal; rounding orders them.",
@@ -19,7 +22,8 @@ REMARKS = {
     ),
     "quantize": (
         "Equal, GPTQ: 99 % of the codes, the objective within 0.2 %. Sums in another order move a few codes.",
-        "Equal, others: within 0.001 (factor) or 0.01 (Hessian) of the largest entry; AWQ's exponent.",
+        "Equal, others: within 0.001 (factor) or 0.01 (Hessian) of the largest entry; AWQ's exponent "
+        "(attn_out and down: or one whose loss is within 0.2 % of the least).",
     ),
     "linear": ("Equal: the output is the definition's in float64, up to the rounding to bfloat16.",),
     "evaluate": ("Equal: every answer, cut at its first end of text.",),
@@ -75,26 +79,51 @@ def amount(value: float | int | None, unit: str) -> str:
 
 
 def title(section: Section) -> str:
-    return f"{section.section}, {section.shape}" + (
-        " (quick: toy sizes, no measurement)" if section.quick else ""
-    )
+    """Name and shape, and in brackets why its rows are not what they seem to be."""
+    why = mark(section)
+    return f"{section.section}, {section.shape}" + (f" ({why})" if why else "")
+
+
+def mark(section: Section) -> str:
+    """That the section is a trial, or was stopped; "" for a measurement that came to its end."""
+    marks = [TRIAL] if section.quick else []
+    if not section.finished:
+        count = len(section.rows)
+        marks.append(f"stopped after {count} row{'s' * (count != 1)}")
+    return "; ".join(marks)
 
 
 def remarks(section: Section) -> tuple[str, ...]:
     """What a reader of the section must know."""
-    return REMARKS.get(section.section, ()) if section.rows else ()
+    marks = (STOPPED,) * (not section.finished) + (TOYS,) * section.quick
+    return marks + (REMARKS.get(section.section, ()) if section.rows else ())
 
 
 def machine_line(section: Section) -> str:
     """One sentence: on what, with what, when, by which command."""
     m = section.machine
-    where = m["accelerator"] or f"{m['processor']}, {m['threads']} thread{'s' * (m['threads'] != 1)}"
-    flags = f" ({', '.join(m['instructions'])})" if not m["accelerator"] else ""
     versions = ", ".join(
         f"{name} {v}" for name, v in m["versions"].items() if name in ("python", "torch", "triton")
     )
     commit = f", commit {m['git']}" if m["git"] else ""
-    return f"{where}{flags}; {versions}{commit}; {section.date}; `{section.command}`"
+    return f"{device(section)}; {versions}{commit}; {section.date}; `{section.command}`"
+
+
+def machine_facts(section: Section) -> dict[str, str]:
+    """The same fact by fact, with all versions."""
+    m = section.machine
+    versions = ", ".join(f"{name} {v}" for name, v in m["versions"].items())
+    facts = {"device": device(section), "system": m["system"], "versions": versions}
+    return facts | {"commit": m["git"] or "unknown", "date": section.date, "command": section.command}
+
+
+def device(section: Section) -> str:
+    """The GPU, or the processor with its threads and instructions."""
+    m = section.machine
+    if m["accelerator"]:
+        return str(m["accelerator"])
+    threads = f"{m['threads']} thread{'s' * (m['threads'] != 1)}"
+    return f"{m['processor']}, {threads} ({', '.join(m['instructions'])})"
 
 
 def markdown(sections: Sequence[Section]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-ENOUGH = 0.02  # seconds one sample lasts at least; shorter runs are repeated within it
+ENOUGH = 0.02  # seconds one sample lasts, about; shorter runs are repeated within it
 Run = Callable[[], Any]
 
 
@@ -40,22 +40,27 @@ def interleaved(
 ) -> dict[str, Measured]:
     """Times every run once a round, in the given order, `repeats` rounds after a warm-up of each.
 
+    Whether a sample lasted long enough is seen in every round: a first call that compiles tells nothing of
+    how often a run has to be called.
+
     Args:
         runs: name -> what to time.
         repeats: rounds, at least 1.
         device: of the work; a GPU is waited for before the clock is read.
-        enough: seconds a sample lasts at least.
+        enough: seconds a sample lasts, half of it at least.
     """
-    calls, outputs = {}, {}
+    calls, outputs = dict.fromkeys(runs, 1), {}
     for name, run in runs.items():
         seconds, outputs[name] = _sample(run, 1, device)  # the warm-up: compiles, packs, fills caches
         if seconds < 50 * enough:
-            seconds, outputs[name] = _sample(run, 1, device)
-        calls[name] = max(1, round(enough / max(seconds, 1e-7)))
+            _, outputs[name] = _sample(run, 1, device)
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
             seconds, outputs[name] = _sample(run, calls[name], device)
+            while seconds * calls[name] < enough / 2:
+                calls[name] = max(2 * calls[name], round(enough / max(seconds, 1e-7)))
+                seconds, outputs[name] = _sample(run, calls[name], device)
             samples[name].append(seconds)
     return {name: Measured(tuple(samples[name]), outputs[name]) for name in runs}
 

@@ -58,6 +58,12 @@ class Nibbles:
     def add(self, n: int, x: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         return self.opened().add(n, x, scale, total)
 
+    def product(self, n: int, x: Tensor, middle: int) -> Tensor:
+        return self.opened().product(n, x, middle)
+
+    def exact(self, n: int, x: Tensor, middle: int, sums: Tensor, added: float) -> Tensor:
+        return sums
+
     def plain(self) -> Int8[Tensor, "o I"]:
         return self.opened().plain()
 

@@ -4,15 +4,15 @@
 
 s_x, z_x of each token or group of its channels (dynamic), s_w, z_w of each output channel or group. A segment
 is what lies between two changes of a scale (cpu_inputs.py); with one scale per token and output channel it is
-the whole row. Up to 7 bits q - z fits int8 and is the product's operand. At 8 bits codes are moved by 128:
-with q = c + 128, a = 128 - z_x, d = 128 - z_w
+the whole row. Up to 7 bits q - z fits int8 and is the product's operand. At 8 bits codes are moved by m = 128
+(an unsigned input by an m of its own): with q = c + m, a = m - z_x, d = 128 - z_w
 
     sum (q_x - z_x)(q_w - z_w) = sum c_x c_w + d sum c_x + a sum (c_w + d)
 
-sum c_x c_w is exact in int32 for segments of 2 to 33,025 columns and leaves the kernel as fp32: exact up to
-2^24, beyond rounded once. One segment: a and d are added to it as integers, then both scales multiply, so the
-output differs from the definition by the rounding of its fp32 arithmetic. More segments: each one's sum is
-scaled and added in fp32, in order; a and d follow in one product of their own.
+The sum is exact in int32 for segments of 2 to 33,025 columns and then becomes fp32, rounded once where it
+passes 2^24. Its terms are added as integers (in fp32 where all of them stay below 2^24): they cancel where a
+token is nearly all zeros, and what fp32 would lose of them may be all that is left. Sums are scaled and added
+segment by segment in fp32, in order: the output differs from the definition by the rounding of these steps.
 
 The kernels differ in how a weight lies in memory, and in nothing else: their outputs are equal bit for bit.
 
@@ -26,7 +26,7 @@ Legend: T tokens, I inputs, O outputs; N segments of S columns; G groups; q code
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Protocol, runtime_checkable
 
@@ -34,11 +34,13 @@ import torch
 from jaxtyping import Float, Int8, Integer
 from torch import Tensor
 
-from dllmq.kernels.cpu_inputs import MOVED, Inputs, Layout, quantize_inputs, segment
+from dllmq.kernels.cpu_inputs import MOVED, Inputs, Layout, max_abs, quantize_inputs, segment
 from dllmq.numerics import Grid, QuantizedTensor
 
 COLUMNS = range(2, 33_026)  # more could overflow: 33,025 * 255^2 < 2^31; torch._int_mm is wrong for one
 OUTPUTS = (4096, 2048)  # of a chunk: rows of one segment, of more (256 tokens' fp32 outputs take 2 MB)
+EXACT = 2**24  # integers up to here are exact in fp32
+ROWS = 128  # tokens whose sums are scaled together, and rows of weights that are widened together
 TOKENS = 256  # that pass through a chunk's segments together
 
 
@@ -51,6 +53,12 @@ class Codes(Protocol):
 
     def add(self, n: int, x: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
         """total + scale * sum c_x c_w over segment n in fp32 [T, o]; a `total` that is given is changed."""
+
+    def product(self, n: int, x: Tensor, middle: int) -> Tensor:
+        """sum c_x c_w over segment n: int32, or fp32 that is rounded; `middle` as in `Inputs`."""
+
+    def exact(self, n: int, x: Tensor, middle: int, sums: Tensor, added: float) -> Tensor:
+        """A product's rows without rounding: int32, or fp32 that stays exact with up to `added` added."""
 
     def plain(self) -> Int8[Tensor, "o I"]:
         """c itself."""
@@ -66,6 +74,7 @@ class Operand:
         offset: d of each group, integers; None where all are 0.
         sums: sum (c + d) of each segment, integers; None where the input has no offset.
         shape: (O, I); layout: how it wants its input.
+        largest: the largest |d|, |sum (c + d)| and norm of c, over a segment.
     """
 
     chunks: tuple[Codes, ...]
@@ -75,6 +84,12 @@ class Operand:
     shape: tuple[int, int]
     layout: Layout
     outputs: int
+    largest: tuple[float, float, float]
+
+    @property
+    def has_offsets(self) -> bool:
+        """Whether a or d is added to the product of codes."""
+        return self.offset is not None or self.sums is not None
 
     def steps(self) -> Integer[Tensor, "O I"]:
         """q - z of every weight."""
@@ -98,6 +113,12 @@ class Bytes:
         part = torch._int_mm(x, self.codes[n].T).float()
         part = part if scale is None else part.mul_(scale)
         return part if total is None else total.add_(part)
+
+    def product(self, n: int, x: Tensor, middle: int) -> Tensor:
+        return torch._int_mm(x, self.codes[n].T)
+
+    def exact(self, n: int, x: Tensor, middle: int, sums: Tensor, added: float) -> Tensor:
+        return sums
 
     def plain(self) -> Int8[Tensor, "o I"]:
         return self.codes.transpose(0, 1).flatten(1)
@@ -133,20 +154,24 @@ def prepare_as(
     assert inputs is not None and supports(grid, inputs, O, I) and quantized.group_index is None
     S, G = segment(grid, inputs, I), grid.groups(I)
     step, zero = outputs or OUTPUTS[S < I], quantized.zero.expand(O, G).to(torch.int16)
-    chunks, sums = [], []
+    chunks, parts, norm = [], [], 0.0
     for start in range(0, O, step):
         at = slice(start, start + step)
         c = _codes(quantized.codes[at], zero[at], grid).view(-1, I // S, S)
-        sums.append(c.sum(-1, dtype=torch.int32))
+        parts.append(c.sum(-1, dtype=torch.int32))
+        for some in c.split(ROWS):
+            norm = max(norm, max_abs(torch.linalg.vector_norm(some.float(), 2, -1)))
         base = (zero[at] - grid.low).repeat_interleave(I // S // G, 1)
         chunks.append(make(c.transpose(0, 1).contiguous(), base.T))
     offset = (MOVED - zero).T.float().contiguous() if grid.bits == 8 and not grid.symmetric else None
-    total = torch.cat(sums).T.float().contiguous()
+    total = torch.cat(parts).T.float().contiguous()
     if offset is not None:
         total += S * offset.repeat_interleave(len(total) // G, 0)
     needs = inputs.bits == 8 and not inputs.symmetric
     scale = quantized.scale.expand(O, G).T.contiguous()
-    return Operand(tuple(chunks), scale, offset, total if needs else None, (O, I), Layout(S, unsigned), step)
+    sums, layout = total if needs else None, Layout(S, unsigned)
+    largest = (max_abs(offset), max_abs(sums), norm)
+    return Operand(tuple(chunks), scale, offset, sums, (O, I), layout, step, largest)
 
 
 def quantize_for(x: Float[Tensor, "T I"], operand: Operand, inputs: Grid) -> Inputs:
@@ -167,13 +192,11 @@ def quant_linear(
 def integer_linear(x: Inputs, w: Operand, bias: Tensor | None, dtype: torch.dtype) -> Float[Tensor, "T O"]:
     """From quantized inputs, in fp32 up to the rounding to `dtype`."""
     T, (O, _) = x.codes.shape[1], w.shape
-    if len(x.codes) == len(w.chunks) == 1:
-        return _one_segment(x, w, w.chunks[0].opened(), slice(0, O), bias).to(dtype)
     y = torch.empty(T, O, dtype=dtype)
     for i, chunk in enumerate(w.chunks):
         at, codes = slice(w.outputs * i, min(w.outputs * (i + 1), O)), chunk.opened()
         if len(x.codes) == 1:
-            y[:, at] = _one_segment(x, w, codes, at, bias)
+            _one_segment(x, w, codes, at, y[:, at], bias)
             continue
         for start in range(0, T, TOKENS):
             rows = slice(start, start + TOKENS)
@@ -181,26 +204,48 @@ def integer_linear(x: Inputs, w: Operand, bias: Tensor | None, dtype: torch.dtyp
     return y
 
 
-def _one_segment(x: Inputs, w: Operand, codes: Codes, at: slice, bias: Tensor | None) -> Float[Tensor, "T o"]:
-    """Both sides have one scale a row: the whole sum in integers, then the scales."""
-    sums = exact_sums(x, w, codes, at, 0)
-    y = sums.mul_(x.scale).mul_(w.scale[0, at])
-    return y if bias is None else y.add_(bias[at])
+def _one_segment(x: Inputs, w: Operand, codes: Codes, at: slice, y: Tensor, bias: Tensor | None) -> None:
+    """Into y [T, o]. Both sides have one scale a row: the whole sum in integers, then the scales."""
+    product = codes.product(0, x.codes[0], x.middle)
+    for start in range(0, len(y), ROWS):
+        rows = slice(start, start + ROWS)
+        part = _tokens(x, rows)
+        sums = _with_offsets(part, w, codes, at, 0, product[rows]).mul_(part.scale).mul_(w.scale[0, at])
+        y[rows] = sums if bias is None else sums.add_(bias[at])
 
 
 def exact_sums(x: Inputs, w: Operand, codes: Codes, at: slice, n: int) -> Float[Tensor, "T o"]:
-    """sum (q_x - z_x)(q_w - z_w) over segment n: integers, exact while no part passes 2^24."""
-    sums, N = codes.add(n, x.codes[n], None, None), len(x.codes)
+    """sum (q_x - z_x)(q_w - z_w) over segment n: an integer, rounded to fp32 once."""
+    return _with_offsets(x, w, codes, at, n, codes.product(n, x.codes[n], x.middle))
+
+
+def _with_offsets(
+    x: Inputs, w: Operand, codes: Codes, at: slice, n: int, sums: Tensor
+) -> Float[Tensor, "T o"]:
+    """`exact_sums` from the product of codes, which it changes."""
+    N, terms = len(x.codes), [ours * theirs for ours, theirs in zip(x.largest, w.largest, strict=True)]
+    if w.has_offsets and not 1.01 * sum(terms) <= EXACT:  # a sum is at most the product of norms; or NaN
+        sums = codes.exact(n, x.codes[n], x.middle, sums, terms[0] + terms[1])
     if w.offset is not None:
-        sums.addcmul_(x.sums[:, n, None], w.offset[_group(n, w.offset, N), at])
+        sums.addcmul_(x.sums[:, n, None].to(sums.dtype), w.offset[_group(n, w.offset, N), at].to(sums.dtype))
     if x.offset is not None:
         assert w.sums is not None, "the operand was prepared for inputs without an offset"
-        sums.addcmul_(x.offset[:, _group(n, x.offset.T, N), None], w.sums[n, at])
-    return sums
+        a = x.offset[:, _group(n, x.offset.T, N), None]
+        sums.addcmul_(a.to(sums.dtype), w.sums[n, at].to(sums.dtype))
+    return sums.float()
 
 
 def _segments(x: Inputs, w: Operand, codes: Codes, at: slice, bias: Tensor | None) -> Float[Tensor, "T o"]:
     """Segment by segment, combined in fp32."""
+    combine = _exact_segments if w.has_offsets else _plain_segments
+    y = combine(x, w, codes, at)
+    if x.scale.shape[1] == 1:
+        y.mul_(x.scale)
+    return y if bias is None else y.add_(bias[at])
+
+
+def _plain_segments(x: Inputs, w: Operand, codes: Codes, at: slice) -> Float[Tensor, "T o"]:
+    """The product scales, and adds where a token has one scale; that one is left out."""
     N, by_token = len(x.codes), x.scale.shape[1] == 1
     scale = [w.scale[_group(n, w.scale, N), at] for n in range(N)]
     y = codes.add(0, x.codes[0], scale[0], None)
@@ -212,26 +257,19 @@ def _segments(x: Inputs, w: Operand, codes: Codes, at: slice, bias: Tensor | Non
         else:
             m = _group(n, x.scale.T, N)
             y.addcmul_(codes.add(n, x.codes[n], scale[n], None), x.scale[:, m : m + 1])
-    _add_offsets(y, x, w, at)
-    if by_token:
-        y.mul_(x.scale)
-    return y if bias is None else y.add_(bias[at])
+    return y
 
 
-def _add_offsets(y: Float[Tensor, "T o"], x: Inputs, w: Operand, at: slice) -> None:
-    """What a and d add to all segments; without s_x where a token has one scale."""
-    N, G = len(x.codes), x.scale.shape[1]
-    scale = w.scale[:, at].repeat_interleave(N // len(w.scale), 0)
-    if w.offset is not None:
-        offset = w.offset[:, at].repeat_interleave(N // len(w.offset), 0)
-        y.addmm_(x.sums if G == 1 else x.sums * x.scale.repeat_interleave(N // G, 1), scale * offset)
-    if x.offset is not None:
-        assert w.sums is not None, "the operand was prepared for inputs without an offset"
-        by_group = (scale * w.sums[:, at]).unflatten(0, (G, N // G)).sum(1)  # [G, o]
-        if G == 1:
-            y.addcmul_(x.offset, by_group)
-        else:
-            y.addmm_(x.offset * x.scale, by_group)
+def _exact_segments(x: Inputs, w: Operand, codes: Codes, at: slice) -> Float[Tensor, "T o"]:
+    """With a and d added to each sum before it is scaled; a token's only scale is left out."""
+    N, by_token = len(x.codes), x.scale.shape[1] == 1
+    y = torch.zeros(x.codes.shape[1], w.scale[0, at].numel())
+    for n in range(N):
+        sums, m = exact_sums(x, w, codes, at, n), _group(n, x.scale.T, N)
+        if not by_token:
+            sums.mul_(x.scale[:, m : m + 1])
+        y.addcmul_(sums, w.scale[_group(n, w.scale, N), at])
+    return y
 
 
 def _group(n: int, groups: Tensor, N: int) -> int:
@@ -241,7 +279,7 @@ def _group(n: int, groups: Tensor, N: int) -> int:
 
 def _tokens(x: Inputs, rows: slice) -> Inputs:
     offset = None if x.offset is None else x.offset[rows]
-    return Inputs(x.codes[:, rows], x.scale[rows], offset, x.sums[rows])
+    return replace(x, codes=x.codes[:, rows], scale=x.scale[rows], offset=offset, sums=x.sums[rows])
 
 
 def _codes(codes: Tensor, zero: Tensor, grid: Grid) -> Int8[Tensor, "o I"]:

@@ -18,8 +18,8 @@ With a full-precision input (W4A16) codes are dequantized in the kernel, rounded
 multiplied there: memory, not speed. Weights are the left operand of the product: widened codes go to the
 tensor cores from registers, and a few tokens do not fill up its 64 rows.
 
-A segment of 128 columns costs as much in scaling as in multiplying, one of 32 several times as much. The
-numbers do not depend on the tiles: segments are summed in order.
+A segment of 128 columns is expected to cost as much in scaling as in multiplying, one of 32 several times as
+much (not measured on a GPU yet). The numbers do not depend on the tiles: segments are summed in order.
 
 Legend: T tokens, I inputs, O outputs, G groups, N segments of S columns.
 """

@@ -5,8 +5,8 @@ and Q_a quantizes the input under the activation grid, dynamically, per token or
 backends compute it:
 
     fake     dequantized values, a product in the input's dtype; takes every grid
-    packed   the product of the codes by one of the device's kernels (kernels/backends.py): integer sums,
-             scaled; equal up to the rounding of the output
+    packed   the product of the codes by one of the device's kernels (kernels/backends.py): exact integer sums
+             between two changes of a scale, scaled and added in fp32; equal up to that rounding
 
 Linears that read the same input share its quantization (`InputQuantizer`).
 

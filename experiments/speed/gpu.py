@@ -3,16 +3,18 @@
     python experiments/speed/gpu.py --out experiments/speed/gpu
     python experiments/speed/gpu.py --dry-run --shape tiny --device cpu --out outputs/gpu     does it run?
 
-    tests      pytest -m gpu: the kernels' exactness on this device
-    linear     bf16 F.linear against the packed kernels, W8A8, W4A8, W4A4, W4A16 (each checked in float64)
     generate   the plain loop against ours; bf16 against packed widths; batch 1 and 16
     memory     bytes of the weights, peak of a forward
     quantize   GPTQ's solver against Algorithm 1 as published; LLaDA-8B, all techniques, end to end
+    linear     bf16 F.linear against the packed kernels, W8A8, W4A8, W4A4, W4A16 (each checked in float64)
+    tests      pytest -m gpu: the kernels' exactness on this device
 
-Each part is a process of its own with a budget of seconds; what it did not use goes to the next, and the time
-of parts that were not asked for to the first. A part that fails or runs out of time leaves its rows so far in
-results.json and its last words in parts.json. Compiling and tuning every kernel takes longer than the budgets
-of tests and linear; compiled kernels stay in triton's cache, so `--parts tests` later gets to the end.
+Parts with targets come first, and in each of them the rows with targets. Each part is a process of its own
+with a budget of seconds; what it did not use goes to the next, and the time of parts that were not asked for
+to the first. A part that fails or runs out of time leaves its rows so far in results.json, where its section
+is marked as stopped, and one sentence here and in parts.json; the others run all the same. Compiling and
+tuning every kernel is expected to take longer than the budgets of linear and tests (this has not run on a GPU
+yet); compiled kernels stay in triton's cache, so `--parts linear,tests` later gets further.
 Needs torch with CUDA, triton, transformers, jaxtyping, pytest and hypothesis; neither hydra nor lm-eval.
 """
 
@@ -24,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,12 +37,13 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from dllmq.bench.machine import describe  # noqa: E402
+from dllmq.bench.rows import check_folder  # noqa: E402
 from dllmq.bench.sections import run_section  # noqa: E402
-from dllmq.bench.shapes import DTYPES, SHAPES, Setup, default_dtype  # noqa: E402
+from dllmq.bench.shapes import DTYPES, SHAPES, Setup, default_dtype, device_of  # noqa: E402
 from dllmq.bench.study import write_tables  # noqa: E402
 from dllmq.report.results import write_json_atomic  # noqa: E402
 
-BUDGET = {"tests": 90, "linear": 90, "generate": 150, "memory": 40, "quantize": 200}  # seconds
+BUDGET = {"generate": 170, "memory": 40, "quantize": 200, "linear": 80, "tests": 80}  # seconds
 TOTAL = 570
 NEEDED = {"tests": ("pytest", "hypothesis")}  # by one part alone; on a GPU all need triton
 
@@ -68,11 +72,18 @@ def refusal(args: argparse.Namespace) -> str:
         return f"unknown part {unknown[0]!r}: use {', '.join(BUDGET)}."
     if args.shape not in SHAPES:
         return f"unknown --shape {args.shape!r}: use {', '.join(SHAPES)}."
+    for name in ("repeats", "seconds"):
+        if getattr(args, name) < 1:
+            return f"--{name} must be an integer >= 1; got {getattr(args, name)}."
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         return (
             "this measures on a CUDA device, and torch sees none here: run it on a machine with a GPU, or "
             "try it out with --dry-run --shape tiny --device cpu."
         )
+    try:
+        device_of(args.device)
+    except ValueError as error:
+        return str(error)
     needed = [name for part in args.parts.split(",") for name in NEEDED.get(part, ())]
     needed += ["triton"] if args.device.startswith("cuda") else []
     if missing := [name for name in needed if find_spec(name) is None]:
@@ -81,6 +92,10 @@ def refusal(args: argparse.Namespace) -> str:
         return f"{missing[0]} is not installed: pip install {words}{out}."
     if not args.device.startswith("cuda") and not args.dry_run:
         return f"--device {args.device} is for --dry-run only: CPU numbers are python -m dllmq.bench's."
+    try:
+        check_folder(args.out)
+    except ValueError as error:
+        return str(error)
     return ""
 
 
@@ -89,11 +104,11 @@ def main() -> int:
     if why := refusal(args):
         print(f"experiments/speed/gpu.py: {why}", file=sys.stderr)
         return 1
-    args.out.mkdir(parents=True, exist_ok=True)
+    args.device = str(device_of(args.device))
     if args.part:
         return run_part(args)
     parts = all_parts(args)
-    write_tables(args.out)
+    print(f"In {args.out}: {', '.join(['parts.json', *write_tables(args.out)])}.")
     return int(any(part["status"] != "finished" for part in parts))
 
 
@@ -151,10 +166,21 @@ def run_part(args: argparse.Namespace) -> int:
     dtype = "bfloat16" if args.part in ("linear", "quantize", "memory") else default_dtype(args.shape)
     setup = Setup(args.shape, torch.device(args.device), DTYPES[dtype], args.repeats, quick=args.dry_run)
     command = command_of(args).replace(f"--part {args.part} ", "")
-    section = run_section(args.part, setup, command, args.out, lambda line: print(line, flush=True))
+    try:
+        section = run_section(args.part, setup, command, args.out, lambda line: print(line, flush=True))
+    except Exception as error:  # whatever a driver or a compiler raises: the last line says it
+        traceback.print_exc(file=sys.stdout)
+        print(sentence(error), flush=True)
+        return 1
     for row in section.unequal:
         print(f"NOT EQUAL: {row.what}, {row.shape}")
     return int(bool(section.unequal))
+
+
+def sentence(error: Exception) -> str:
+    """Type and first line of an error; CUDA's go on for a paragraph, Triton's end in source text."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].strip()[:300]}" if lines else type(error).__name__
 
 
 def gpu_tests() -> list[str]:

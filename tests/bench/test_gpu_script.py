@@ -42,6 +42,46 @@ def test_other_refusals(script: Any, tmp_path: Path) -> None:
     assert script.refusal(arguments(tmp_path, parts="linear,speed")).startswith("unknown part 'speed'")
     assert script.refusal(arguments(tmp_path, shape="huge")).startswith("unknown --shape 'huge'")
     assert script.refusal(arguments(tmp_path)) == ""
+    assert script.refusal(arguments(tmp_path, repeats=0)) == "--repeats must be an integer >= 1; got 0."
+    assert script.refusal(arguments(tmp_path, seconds=-5)) == "--seconds must be an integer >= 1; got -5."
+    assert script.refusal(arguments(tmp_path, device="cpu:3")).startswith("unknown --device 'cpu:3'")
+    (tmp_path / "file").write_text("")
+    for out in (Path("/proc/speed"), tmp_path / "file"):
+        assert script.refusal(arguments(out)).startswith(f"results cannot be written to {out} (")
+
+
+@pytest.mark.parametrize("option", [["--repeats", "0"], ["--out", "/proc/speed"]])
+def test_a_refusal_is_the_exit_code(script: Any, tmp_path: Path, monkeypatch: Any, option: list[str]) -> None:
+    monkeypatch.setattr(script, "all_parts", lambda args: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), *DRY, *option])
+    assert script.main() == 1
+
+
+def test_parts_with_targets_come_first(script: Any) -> None:
+    assert list(script.BUDGET) == ["generate", "memory", "quantize", "linear", "tests"]
+
+
+def test_a_part_that_fails_is_one_sentence_and_stops_nothing(
+    script: Any, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """CUDA's errors end with advice, Triton's with source text: the last line says what happened."""
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("CUDA error: no kernel image\nCompile with `TORCH_USE_CUDA_DSA`.\n")
+
+    monkeypatch.setattr(script, "run_section", broken)
+    assert script.run_part(arguments(tmp_path, part="memory")) == 1
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert printed[-1] == "RuntimeError: CUDA error: no kernel image" and printed[0].startswith("Traceback")
+    assert script.sentence(AssertionError()) == "AssertionError"
+
+    ends = iter(["failed with code 1: RuntimeError: CUDA error: no kernel image", "finished"])
+    monkeypatch.setattr(script, "in_process", lambda *args: next(ends))
+    assert [p["status"] for p in script.all_parts(arguments(tmp_path))][-1] == "finished"
+    assert (
+        "linear: failed with code 1: RuntimeError: CUDA error: no kernel image, 0 s\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_all_budgets_fit_into_ten_minutes(script: Any) -> None:
@@ -88,9 +128,10 @@ def test_the_whole_script_at_a_toy_size(tmp_path: Path) -> None:
     parts = json.loads((tmp_path / "parts.json").read_text())["parts"]
     assert [p["status"] for p in parts] == ["finished"] * 5
     sections = json.loads((tmp_path / "results.json").read_text())["sections"]
-    assert [s["section"] for s in sections] == ["linear", "generate", "memory", "quantize"]
+    assert [s["section"] for s in sections] == ["generate", "memory", "quantize", "linear"]
     assert all(s["rows"] for s in sections)
     assert "## quantize" in (tmp_path / "table.md").read_text()
+    assert "a trial of the program at toy sizes" in (tmp_path / "report.html").read_text()
 
 
 WITHOUT = f"""

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 from bench.rows_factory import row, section
 
-from dllmq.bench.rows import Row, Section, Sheet, read_sections, timed_row, to_plain, write_section
+from dllmq.bench.rows import (
+    Row,
+    Section,
+    Sheet,
+    check_folder,
+    read_sections,
+    timed_row,
+    to_plain,
+    write_section,
+)
 from dllmq.bench.timing import Measured
 
 
@@ -37,6 +46,41 @@ def test_a_section_replaces_itself_in_its_place(tmp_path: Path) -> None:
     assert write_section(file, new) == [new, other] == read_sections(file)
     gpu = replace(new, machine=new.machine | {"device": "cuda"})
     assert write_section(file, gpu) == [new, other, gpu]
+    trial = replace(new, quick=True)  # which is no measurement, and takes the place of none
+    assert write_section(file, trial) == [new, other, gpu, trial]
+
+
+@pytest.mark.parametrize(("second", "finished"), [("batch 1", True), (None, False)])
+def test_files_from_before_the_mark_are_finished_unless_rows_are_missing(
+    tmp_path: Path, second: str | None, finished: bool
+) -> None:
+    """A width at batch 8, and another one only at batch 1: the rest was cut off."""
+    rows = [row(), row(shape="batch 1"), row(key="generate.w8a8")]
+    rows += [row(key="generate.w8a8", shape=second)] if second else []
+    plain = to_plain([section(*rows)])
+    assert plain["sections"][0].pop("finished") is True
+    (tmp_path / "r.json").write_text(json.dumps(plain))
+    (found,) = read_sections(tmp_path / "r.json")
+    assert found.finished is finished and len(found.rows) == len(rows)
+
+
+def test_what_is_recorded_is_not_guessed(tmp_path: Path) -> None:
+    for finished in (True, False):
+        uneven = section(row(), row(), row(key="other"), finished=finished)
+        write_section(tmp_path / "r.json", uneven)
+        assert read_sections(tmp_path / "r.json") == [uneven]
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/speed")):
+        with pytest.raises(ValueError, match=rf"cannot be written to {folder} \(.+\): give a folder"):
+            check_folder(folder)
+    check_folder(tmp_path / "new" / "one")
+    assert list((tmp_path / "new" / "one").iterdir()) == []
+    (tmp_path / "results.json").write_text('{"scores": 1}')
+    with pytest.raises(ValueError, match=r"not a results\.json of dllmq\.bench"):
+        check_folder(tmp_path)
 
 
 @pytest.mark.parametrize("text", ['{"format": 2, "sections": []}', '{"sections": []}', "[]", "{"])

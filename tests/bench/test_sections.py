@@ -103,7 +103,17 @@ def test_caches_and_thresholds_are_rows_where_the_sampler_has_them() -> None:
 
 def test_quantize_finds_equal_codes_and_one_block_of_everything() -> None:
     rows, _ = rows_of(quantize, replace(QUICK, dtype=torch.bfloat16))
-    for key in ("loop", "factor", "gptq", "gram", "gram_group", "awq_qkv", "awq_gate_up"):
+    for key in (
+        "loop",
+        "factor",
+        "gptq",
+        "gram",
+        "gram_group",
+        "awq_qkv",
+        "awq_attn_out",
+        "awq_gate_up",
+        "awq_down",
+    ):
         assert rows[f"quantize.{key}"].equal is True, key
     assert rows["quantize.gptq"].share is not None and rows["quantize.gptq"].share >= 0.99
     end = rows["quantize.gptq_blocks"]
@@ -204,6 +214,16 @@ def test_memory_of_packed_codes_is_counted_in_this_process() -> None:
     assert 3 < row.numbers["without_embedding_and_head"] <= 4
 
 
+def test_w4a4_is_measured_with_four_bits_a_weight() -> None:
+    """On a CPU the fast backend of both W4 formats keeps a byte a weight; compact ones do not."""
+    assert {"w4a8", "w4a4", "w4a8 compact", "w4a4 compact"} <= set(memory.FORMATS)
+    setup, blocks = replace(QUICK, dtype=torch.bfloat16), []
+    for name in ("bfloat16", "w4a4", "w4a4 compact"):
+        found = memory.measured(setup, name)
+        blocks.append(found["held_bytes"] - found["other_bytes"])
+    assert 3 < blocks[0] / blocks[2] <= 4 and 1 < blocks[0] / blocks[1] < 2
+
+
 def test_a_format_without_a_backend_is_left_out() -> None:
     sheet = Sheet()
     memory.add_rows(sheet, ("bfloat16", "w4a16"), {}, {"left_out": "why"})
@@ -263,3 +283,33 @@ def test_prompts_are_padded_on_the_left() -> None:
     assert job.mask is not None
     assert bool((job.mask[:, 1:] >= job.mask[:, :-1]).all()) and job.mask[:, -1].tolist() == [1, 1]
     assert job.prompts.shape == job.mask.shape and int(job.mask.sum()) < job.mask.numel()
+
+
+# ------------------------------------------------------------------ the order on a GPU
+
+
+def test_on_a_gpu_rows_with_targets_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time may run out there: exact generation at batch 1, then the packed widths, at batch 16 first."""
+    order: list[str] = []
+    named = ("solver", "whole_block", "gram", "awq_grid")
+    for name in named:
+        monkeypatch.setattr(quantize, name, lambda *args, name=name: order.append(name))
+    cuda = replace(QUICK, device=torch.device("cuda"))
+    quantize.measure(cuda, Sheet())
+    quantize.measure(QUICK, Sheet())
+    assert order == [*named, "solver", "gram", "awq_grid", "whole_block"]
+
+    jobs: list[str] = []
+    for name, made in (("check_room", None), ("build", nn.Module()), ("quantize_in_place", None)):
+        monkeypatch.setattr(generate, name, lambda *args, made=made: made)
+    monkeypatch.setattr(generate, "packs", lambda *args: "packed")
+    monkeypatch.setattr(generate, "work", lambda setup, batch: batch)
+    monkeypatch.setattr(generate, "loops", lambda setup, sheet, model, job: jobs.append(f"loops {job}"))
+    monkeypatch.setattr(
+        generate, "widths", lambda setup, sheet, models, job, name: jobs.append(f"{name[:4]} {job}")
+    )
+    generate.measure(replace(cuda, quick=False), Sheet())
+    assert jobs[:4] == ["loops 1", "w4a8 16", "w4a8 1", "w4a4 16"] and jobs[-1] == "loops 16"
+    jobs.clear()
+    generate.measure(replace(QUICK, quick=False), Sheet())
+    assert jobs[:4] == ["loops 1", "loops 8", "w8a8 1", "w8a8 8"]

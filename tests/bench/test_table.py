@@ -1,5 +1,6 @@
 """Tables and the study's page from rows, as they are read."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,8 @@ from bench.rows_factory import MACHINE, row, section
 
 from dllmq.bench.figure import label, write_figures
 from dllmq.bench.rows import read_sections
-from dllmq.bench.study import TARGETS, readme, verdict, write_study
-from dllmq.bench.table import amount, cells, equality, machine_line, markdown, title
+from dllmq.bench.study import STUDIES, TARGETS, cost, readme, studies, verdict, write_study
+from dllmq.bench.table import amount, cells, equality, machine_line, mark, markdown, title
 
 SPEED = Path(__file__).resolve().parents[2] / "experiments" / "speed"
 
@@ -61,7 +62,8 @@ def test_markdown_has_machine_rows_and_what_was_left_out() -> None:
     assert "## generate, llada_1b_shape bfloat16\n" in text
     assert "a processor, 2 threads (avx512_vnni); python 3.12.1, torch 2.11, commit abc" in text
     assert "| a / b | batch 8 |" in text and "- Not measured, this: for that reason." in text
-    assert "## memory, llada_1b_shape bfloat16 (quick: toy sizes, no measurement)" in text
+    assert "## memory, llada_1b_shape bfloat16 (a trial of the program, no measurement)" in text
+    assert text.count("- Toy sizes: these numbers show that the program runs, and measure nothing.") == 1
     assert text.count("No row.") == 1
 
 
@@ -74,19 +76,35 @@ def test_titles_of_trials_say_so() -> None:
     assert "no measurement" in title(section(quick=True)) and "no measurement" not in title(section())
 
 
+def test_a_section_that_was_stopped_says_after_how_many_rows() -> None:
+    cut = section(row(), row(shape="batch 1"), finished=False)
+    assert (
+        title(cut).endswith("(stopped after 2 rows)") and mark(section(row(), finished=False))[-3:] == "row"
+    )
+    assert mark(section(row())) == ""
+    text = markdown([cut, section(section="memory")])
+    assert "## generate, llada_1b_shape bfloat16 (stopped after 2 rows)" in text
+    assert text.count("This section was stopped before its end") == 1
+    page = readme([cut, section(row(), section="memory")], [])
+    assert (
+        "**Cut off**, rows are missing: generate, llada_1b_shape bfloat16 (stopped after 2 rows).\n" in page
+    )
+    assert "Cut off" not in readme([section(row())], [])
+
+
 # ------------------------------------------------------------------ the page
 
 
 def test_a_target_is_met_missed_or_not_measured() -> None:
     words = verdict([section(row(ratio=2.5, low=2.0, high=3.0))])
-    assert words.startswith("**Verdict.** 1 of 1 targets that were measured are met; 11 were not measured.")
+    assert words.startswith("**Verdict.** 1 of 1 targets that were measured are met; 16 were not measured.")
     assert (
         "| 2.50 x (2.00 - 3.00); this processor has no AMX | met |" in words
         and "Every output that must be equal is equal." in words
     )
     amx = section(row(ratio=1.99), machine=MACHINE | {"instructions": ["amx_int8"]})
     assert "| 1.99 x (2.50 - 3.25) | missed |" in verdict([amx])
-    assert words.count("not measured | - |") == len(TARGETS) - 1
+    assert words.count("not measured | - |") == len(TARGETS) + len(STUDIES) - 1
 
 
 def test_a_duration_is_met_below_its_seconds() -> None:
@@ -96,6 +114,45 @@ def test_a_duration_is_met_below_its_seconds() -> None:
         return verdict([section(made, section="quantize", machine=MACHINE | {"device": "cuda"})])
 
     assert "| 179 s | met |" in told(179.0) and "| 181 s | missed |" in told(181.0)
+
+
+def test_memory_is_told_with_and_without_embedding_and_head() -> None:
+    """1/3.4 cannot be reached with both in bf16: 2.9 by arithmetic on LLaDA-8B."""
+    rows = [
+        row(key=f"memory.weights_{bits}", unit="B", ratio=2.88, repeats=1,
+            numbers={"without_embedding_and_head": alone})
+        for bits, alone in (("w4a8", 3.98), ("w4a4", 3.3))
+    ]  # fmt: skip
+    measured = section(*rows, shape="llada_8b_shape bfloat16", machine=MACHINE | {"device": "cuda"})
+    words = verdict([measured])
+    assert "W4A8 in 1/3.4 of the memory of bf16's weights, the blocks alone | 3.98 x | met |" in words
+    assert "W4A4 in 1/3.4 of the memory of bf16's weights, the blocks alone | 3.30 x | missed |" in words
+    assert words.count("included (2.9 x by arithmetic) | 2.88 x | missed |") == 2
+
+
+def test_targets_of_other_studies_are_read_from_their_pages(tmp_path: Path) -> None:
+    for name, words in (("demo", "5 min 1 s on 2 cores"), ("ablation_one_seed", "40 min 53 s from")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(f"**Cost.** {words}, and so on.\n")
+    took = studies(tmp_path)
+    assert took == {"demo": 301.0, "ablation_one_seed": 2453.0}
+    words = verdict([section(row())], took)
+    assert "| 5 min 1 s ([demo](../demo/README.md)) | missed |" in words
+    assert "| 40 min 53 s ([ablation_one_seed](../ablation_one_seed/README.md)) | met |" in words
+    assert studies(tmp_path / "nowhere") == {}
+    assert (
+        cost("**Cost.** 1 h 2 min 3 s.") == 3723.0 and cost("It took 3 min 1 s. **Cost.** Nothing.") is None
+    )
+
+
+def test_what_other_studies_took_is_what_their_records_count() -> None:
+    """Prose agrees with machines' numbers: cells one after the other, two at a time in the ablation."""
+    took = studies(SPEED.parent)
+    for name, at_once in (("demo", 1), ("ablation_one_seed", 2)):
+        records = [*(SPEED.parent / name).glob("*/results.json"), SPEED.parent / name / "baseline.json"]
+        costs = [json.loads(file.read_text(encoding="utf-8"))["cost"] for file in records]
+        counted = sum(v for c in costs for key, v in c.items() if key.endswith("_s")) / at_once
+        assert counted < took[name] < 1.1 * counted
 
 
 def test_a_trial_has_no_verdict_and_other_devices_do_not_count() -> None:
@@ -162,7 +219,8 @@ def test_what_is_committed_is_what_its_records_give() -> None:
     sections, on_gpu = read_sections(SPEED / "results.json"), read_sections(SPEED / "gpu" / "results.json")
     notes = SPEED / "notes.md"
     assert (SPEED / "table.md").read_text(encoding="utf-8") == markdown(sections)
-    page = readme(sections, on_gpu, notes.read_text(encoding="utf-8") if notes.is_file() else "")
+    words = notes.read_text(encoding="utf-8") if notes.is_file() else ""
+    page = readme(sections, on_gpu, words, studies(SPEED.parent))
     assert (SPEED / "README.md").read_text(encoding="utf-8") == page
     assert not [row for s in [*sections, *on_gpu] for row in s.unequal]
     if on_gpu:

@@ -51,8 +51,34 @@ def test_short_runs_are_repeated_within_a_sample_and_told_per_call(clock: Clock)
         clock.now += 0.001
 
     found = interleaved({"a": run}, repeats=1, device=CPU, enough=0.01)
-    assert calls - 2 == 10  # two to warm up
+    assert calls == 2 + 1 + 10  # two to warm up, one that was too short for a sample
     assert found["a"].median == pytest.approx(0.001)
+
+
+def test_a_first_call_that_compiles_says_nothing_about_the_others(clock: Clock) -> None:
+    """Single launches of a kernel beside hundreds of another's would be measured with their start."""
+    calls = {"compiled": 0, "ready": 0}
+
+    def run(name: str) -> None:
+        calls[name] += 1
+        clock.now += 3.0 if name == "compiled" and calls[name] == 1 else 0.0001
+
+    found = interleaved({name: (lambda name=name: run(name)) for name in calls}, 2, CPU, enough=0.02)
+    assert calls["compiled"] >= 2 * 200 and calls["ready"] >= 2 * 200
+    assert found["compiled"].seconds == pytest.approx((0.0001,) * 2)
+
+
+def test_a_run_that_is_slow_at_first_only_is_sampled_for_long_enough(clock: Clock) -> None:
+    """Also where the second call was slow, too, so that the number of calls was found too small."""
+    calls = 0
+
+    def run() -> None:
+        nonlocal calls
+        calls += 1
+        clock.now += 0.5 if calls <= 2 else 0.001
+
+    assert interleaved({"a": run}, 1, CPU, enough=0.02)["a"].median == pytest.approx(0.001)
+    assert calls == 2 + 1 + 20
 
 
 def test_ratio_is_of_the_same_round() -> None:
