@@ -191,7 +191,8 @@ def test_a_helper_ends_without_a_traceback(
 @pytest.mark.parametrize(
     "chosen",
     [
-        pytest.param(["one", "two, killed, same command again"], marks=pytest.mark.slow),
+        pytest.param(["one", "two"], marks=pytest.mark.slow),
+        pytest.param(["one", "two, killed, same command again"], marks=pytest.mark.long),
         pytest.param(["one, packed", "two, packed"], marks=pytest.mark.long),
         pytest.param(["one", "two", "three"], marks=pytest.mark.long),  # also in evaluation/test_shares.py
     ],

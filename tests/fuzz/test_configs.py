@@ -280,16 +280,16 @@ def test_broken_configs_are_one_sentence(words: Words, key: str, value: str, add
 
 
 @pytest.mark.slow
-@settings(plain, max_examples=50)
+@settings(plain, max_examples=30)
 @given(ALL_WORDS)
-def test_fifty_valid_configs_dry_run(words: Words) -> None:
+def test_thirty_valid_configs_dry_run(words: Words) -> None:
     valid_words_dry_run(words)
 
 
 @pytest.mark.slow
-@settings(plain, max_examples=100)
+@settings(plain, max_examples=60)
 @given(words=ALL_WORDS, **BROKEN)
-def test_a_hundred_broken_configs_are_one_sentence(words: Words, key: str, value: str, add: bool) -> None:
+def test_sixty_broken_configs_are_one_sentence(words: Words, key: str, value: str, add: bool) -> None:
     broken_words_are_told(words, key, value, add)
 
 
