@@ -51,7 +51,7 @@ class Inputs:
         offset: a of each token and group, integers; None where all are 0.
         sums: sum of c over each segment, integers.
         middle: m; 128 where codes are int8.
-        largest: the largest |sum of c|, |a| and norm of c, over a segment.
+        largest: the largest |sum of c|, |a| and norm of c, over a segment; at least these.
     """
 
     codes: Integer[Tensor, "N T S"]
@@ -78,16 +78,18 @@ def quantize_inputs(x: Float[Tensor, "T I"], grid: Grid, layout: Layout) -> Inpu
         c, scale[at], zero[at] = _quantize(x[at].float(), grid)
         by_segment = c.view(-1, I // S, S)
         torch.sum(by_segment, -1, out=sums[at])
-        torch.linalg.vector_norm(by_segment, 2, -1, out=norm[at])
+        if _is_moved(grid):
+            torch.linalg.vector_norm(by_segment, 2, -1, out=norm[at])
         codes[:, at] = by_segment.transpose(0, 1).to(torch.int8)
     if layout.unsigned:
         codes = codes.view(torch.uint8).bitwise_xor_(MOVED)
-    middle, offset = MOVED, None
-    if _is_moved(grid):
-        middle = _middle(zero) if layout.unsigned else MOVED
-        by = MOVED - middle
-        norm = (norm.square_() + by * (2 * sums + by * S)).clamp_(min=0).sqrt_()
-        offset, sums = middle - zero, sums.add_(S * by)
+    if not _is_moved(grid):
+        most = 2.0**grid.bits  # |c| is less
+        return Inputs(codes, scale, None, sums, MOVED, (S * most, 0.0, S**0.5 * most))
+    middle = _middle(zero) if layout.unsigned else MOVED
+    by = MOVED - middle
+    norm = (norm.square_() + by * (2 * sums + by * S)).clamp_(min=0).sqrt_()
+    offset, sums = middle - zero, sums.add_(S * by)
     return Inputs(codes, scale, offset, sums, middle, (max_abs(sums), max_abs(offset), max_abs(norm)))
 
 

@@ -40,7 +40,8 @@ from dllmq.numerics import Grid, QuantizedTensor
 COLUMNS = range(2, 33_026)  # more could overflow: 33,025 * 255^2 < 2^31; torch._int_mm is wrong for one
 OUTPUTS = (4096, 2048)  # of a chunk: rows of one segment, of more (256 tokens' fp32 outputs take 2 MB)
 EXACT = 2**24  # integers up to here are exact in fp32
-ROWS = 128  # tokens whose sums are scaled together, and rows of weights that are widened together
+ROWS = 128  # rows of weights that are widened together
+SCALED = 3 * 2**19  # sums that are scaled together: they stay in cache
 TOKENS = 256  # that pass through a chunk's segments together
 
 
@@ -207,11 +208,15 @@ def integer_linear(x: Inputs, w: Operand, bias: Tensor | None, dtype: torch.dtyp
 def _one_segment(x: Inputs, w: Operand, codes: Codes, at: slice, y: Tensor, bias: Tensor | None) -> None:
     """Into y [T, o]. Both sides have one scale a row: the whole sum in integers, then the scales."""
     product = codes.product(0, x.codes[0], x.middle)
-    for start in range(0, len(y), ROWS):
-        rows = slice(start, start + ROWS)
-        part = _tokens(x, rows)
-        sums = _with_offsets(part, w, codes, at, 0, product[rows]).mul_(part.scale).mul_(w.scale[0, at])
-        y[rows] = sums if bias is None else sums.add_(bias[at])
+    step = max(1, SCALED // y.shape[1])
+    for start in range(0, len(y), step):
+        rows = slice(start, start + step)
+        part = x if step >= len(y) else _tokens(x, rows)
+        sums = _with_offsets(part, w, codes, at, 0, product[rows]).mul_(part.scale)
+        if bias is None:
+            torch.mul(sums, w.scale[0, at], out=y[rows])
+        else:
+            y[rows] = sums.mul_(w.scale[0, at]).add_(bias[at])
 
 
 def exact_sums(x: Inputs, w: Operand, codes: Codes, at: slice, n: int) -> Float[Tensor, "T o"]:
