@@ -13,6 +13,7 @@ import pytest
 import torch
 from pretend_cuda import counts
 from sharded_checkpoint import save_sharded
+from tiny_dream import tiny_dream
 from tiny_llada import tiny_model, tiny_prompts
 from torch import Tensor
 
@@ -22,7 +23,6 @@ from dllmq.diffusion.sampler import apply
 from dllmq.evaluation.batches import Batches
 from dllmq.methods import AWQ, GPTQ, RTN
 from dllmq.models import load_model
-from dllmq.models.dream import Dream, DreamConfig
 from dllmq.models.graphs import graphed
 from dllmq.numerics import Grid
 from dllmq.pipeline import quantize, quantized_linears, set_backend
@@ -124,12 +124,8 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(confidence, "_kernel", lambda: None)
 
 
-def dream() -> Dream:
-    torch.manual_seed(0)
-    config = DreamConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-                         intermediate_size=48, vocab_size=40, mask_token_id=38, eos_token_id=39,
-                         rope_theta=1e4)  # fmt: skip
-    return Dream(config).requires_grad_(False).eval()
+def dream() -> Any:
+    return tiny_dream(mask_token_id=38, eos_token_id=39)
 
 
 def answers(model: Any, config: SamplerConfig, leaving: bool) -> tuple[list[list[int]], int]:

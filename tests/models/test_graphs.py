@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tiny_dream import tiny_dream
 from torch import Tensor
 
 from dllmq.bench.generate import WARM_UPS
 from dllmq.diffusion import SamplerConfig, denoise, generate
 from dllmq.models import graphs
-from dllmq.models.dream import Dream, DreamConfig
 from dllmq.models.graphs import GraphedModel, graphed, pad_rows, round_up
 from dllmq.models.llada import LLaDA, LLaDAConfig
 
@@ -56,14 +56,6 @@ def llada() -> LLaDA:
     return model.requires_grad_(False).eval()
 
 
-def dream() -> Dream:
-    torch.manual_seed(0)
-    config = DreamConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-                         intermediate_size=48, vocab_size=40, mask_token_id=39, eos_token_id=38,
-                         rope_theta=1e4)  # fmt: skip
-    return Dream(config).requires_grad_(False).eval()
-
-
 def ids(rows: int, columns: int = 10, seed: int = 0) -> Tensor:
     return torch.randint(0, 38, (rows, columns), generator=torch.Generator().manual_seed(seed))
 
@@ -72,7 +64,7 @@ def left_padding(rows: int, columns: int = 10) -> Tensor:
     return (torch.arange(columns) >= torch.arange(rows)[:, None]).long()
 
 
-@pytest.mark.parametrize("make", [llada, dream])
+@pytest.mark.parametrize("make", [llada, tiny_dream])
 @pytest.mark.parametrize("padded", [False, True])
 def test_replays_give_the_models_own_hidden_states(make: Callable, padded: bool) -> None:
     """Of other tokens and other pads than those that were recorded, too."""
@@ -167,7 +159,7 @@ def test_generation_is_that_of_the_model(cfg_scale: float) -> None:
     assert torch.equal(got, expected) and capture.replayed == 15
 
 
-@pytest.mark.parametrize("make", [llada, dream])
+@pytest.mark.parametrize("make", [llada, tiny_dream])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("rows", [4, 5])
 def test_cached_forwards_give_the_models_own_hidden_states(make: Callable, padded: bool, rows: int) -> None:
@@ -210,7 +202,7 @@ def cached(make: Callable, cache: str) -> SamplerConfig:
     return SamplerConfig(12, 12, 4, cache=cache, remasking="maskgit_plus", threshold=1.01)
 
 
-@pytest.mark.parametrize("make", [llada, dream])
+@pytest.mark.parametrize("make", [llada, tiny_dream])
 @pytest.mark.parametrize(("cache", "recorded"), [("dual", 2), ("prefix", 4)])
 def test_cached_generation_is_that_of_the_model(make: Callable, cache: str, recorded: int) -> None:
     """The canvas is recorded in the last block; the prefix cache's slices have a length in each block."""
@@ -320,7 +312,7 @@ def test_models_on_the_cpu_are_not_wrapped() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("make", [llada, dream])
+@pytest.mark.parametrize("make", [llada, tiny_dream])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda_graphs_give_the_models_own_hidden_states(make: Callable, dtype: torch.dtype) -> None:
     model = make().to("cuda", dtype)
@@ -346,7 +338,7 @@ def test_generation_with_cuda_graphs_is_that_of_the_model() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
-@pytest.mark.parametrize("make", [llada, dream])
+@pytest.mark.parametrize("make", [llada, tiny_dream])
 def test_cached_generation_with_cuda_graphs_is_that_of_the_model(make: Callable, cache: str) -> None:
     model, config = make().cuda(), cached(make, cache)
     expected = generate(model, ids(3).cuda(), config, left_padding(3).cuda()).tokens
